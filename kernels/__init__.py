@@ -1,0 +1,19 @@
+"""Focal self-attention: one operator, three backends.
+
+Public names: `FocalLevel`, `FocalGeometry` (which keys a window attends), `Pooling`, `PooledMap`
+(how a coarse level gets its keys) and `focal_attention`.
+"""
+
+from kernels.api import BACKENDS, focal_attention, resolve_backend
+from kernels.coarse import PooledMap, Pooling
+from kernels.geometry import FocalGeometry, FocalLevel
+
+__all__ = [
+    "BACKENDS",
+    "FocalGeometry",
+    "FocalLevel",
+    "PooledMap",
+    "Pooling",
+    "focal_attention",
+    "resolve_backend",
+]

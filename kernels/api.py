@@ -1,0 +1,248 @@
+"""`focal_attention`: checks every argument, then hands over to one backend."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels import eager, reference
+from kernels.coarse import PooledMap, Pooling
+from kernels.dropout import draw_seed
+from kernels.geometry import FocalGeometry
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+if TRITON_INSTALLED:  # Triton has no build for macOS and Windows: the other backends run there
+    from kernels import ops
+
+__all__ = ["BACKENDS", "focal_attention", "resolve_backend"]
+
+BACKENDS = ("auto", "reference", "eager", "triton")
+
+
+def focal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    geometry: FocalGeometry,
+    pooling: Sequence[Pooling | PooledMap] = (),
+    scale: float | None = None,
+    map_size: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Focal self-attention of a feature map (paper, section 3.2, equation 2).
+
+    Every query of a window attends the keys that ``geometry`` lists, level after level:
+    ``softmax(scale · query · keyᵀ + bias + mask) · value``. Keys of coarse levels are pooled from
+    ``key`` and ``value`` inside the operator. A map that is no multiple of the window is taken as if
+    zero-padded right and bottom; under ``boundary="wrap"`` the padding's keys (zeros) count as keys,
+    under ``"mask"`` they do not. A query that is left without any key gets zeros.
+
+    Args:
+        query: `[batch, height, width, heads, head_dim]`, floating point; any strides.
+        key: as ``query``.
+        value: as ``query``.
+        bias: `[heads, window_size², num_keys]`, keys in canonical order; the dtype of ``query``, or
+            float32.
+        geometry: Window, levels, boundary and shift.
+        pooling: One entry per coarse level: `Pooling` (pooled on the fly) or `PooledMap` (made by the
+            caller).
+        scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        map_size: Rows and columns that hold real tokens where the caller padded the map, so that
+            ``boundary="mask"`` knows the padding; ``(height, width)`` if None.
+        dropout_p: Probability that an attention weight is dropped, in [0, 1).
+        dropout_seed: int64 `[1]` on the same device: the dropout mask is a function of it. Drawn from
+            PyTorch's generator if None.
+        backend: ``"reference"`` (the oracle), ``"eager"`` (PyTorch), ``"triton"`` (GPU, or CPU under
+            ``TRITON_INTERPRET=1``) or ``"auto"`` (Triton on a GPU, else eager). An explicit backend
+            that cannot run is an error.
+
+    Returns:
+        `[batch, height, width, heads, head_dim]`, the dtype of ``query``.
+
+    Raises:
+        TypeError: An argument of the wrong type, or dtypes that do not go together.
+        ValueError: A wrong rank, shape, device or size, or a backend that cannot run.
+    """
+    _check_maps(query, key, value)
+    if not isinstance(geometry, FocalGeometry):
+        raise TypeError(f"geometry must be a FocalGeometry, got {type(geometry).__name__}")
+    _check_bias(bias, query, geometry)
+    pooling = tuple(pooling)
+    _check_pooling(pooling, query, geometry)
+    height, width = query.shape[1:3]
+    map_size = _check_map_size(map_size, height, width)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if dropout_seed is not None:
+        _check_seed(dropout_seed, query)
+    elif dropout_p > 0.0:
+        dropout_seed = draw_seed(query.device)
+    name = resolve_backend(backend, query.device, query.dtype)
+    run = {"reference": reference, "eager": eager}.get(name) or ops
+    return run.focal_attention(
+        query,
+        key,
+        value,
+        bias,
+        geometry=geometry,
+        pooling=pooling,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        map_size=map_size,
+        dropout_p=float(dropout_p),
+        dropout_seed=dropout_seed,
+    )
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that ``backend`` stands for on ``device``.
+
+    Args:
+        backend: One of `BACKENDS`.
+        device: Where the feature map lives.
+        dtype: Its floating-point type.
+
+    Returns:
+        ``"reference"``, ``"eager"`` or ``"triton"``.
+
+    Raises:
+        ValueError: No such backend, or it cannot run there.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend not in ("auto", "triton"):
+        return backend
+    obstacle = _triton_obstacle(device, dtype)
+    if backend == "triton" and obstacle:
+        raise ValueError(f'backend="triton" cannot run here: {obstacle}')
+    # The interpreter is for tests: "auto" never picks it on a CPU.
+    return "triton" if obstacle is None and device.type == "cuda" else (
+        "triton" if backend == "triton" else "eager"
+    )
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take such tensors, or None."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if ops.INTERPRETED:
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
+        return None
+    if device.type != "cuda":
+        return f"it needs a GPU, or TRITON_INTERPRET=1 set before the import, got device {device}"
+    if dtype == torch.float64:
+        return "float64 has no tensor-core product on a GPU; use backend='eager'"
+    return None
+
+
+def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 5:
+            raise ValueError(
+                f"{name} must be [batch, height, width, heads, head_dim], got {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if min(tensor.shape[1:]) < 1:
+            raise ValueError(
+                f"height, width, heads and head_dim must be positive, got {name} {list(tensor.shape)}"
+            )
+        if tensor.shape != query.shape:
+            raise ValueError(
+                f"{name} must have the shape of query, got {list(tensor.shape)} "
+                f"and {list(query.shape)}"
+            )
+        if tensor.dtype != query.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of query, got {tensor.dtype} and {query.dtype}"
+            )
+        _check_device(name, tensor, query)
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(
+            f"{name} must be on the device of query, got {tensor.device} and {query.device}"
+        )
+
+
+def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    """A learned tensor: its shape, and the dtype of query or float32 (mixed precision)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in (query.dtype, torch.float32):
+        raise TypeError(
+            f"{name} must be {query.dtype} as query is, or torch.float32, got {tensor.dtype}"
+        )
+    _check_device(name, tensor, query)
+
+
+def _check_bias(bias: Tensor, query: Tensor, geometry: FocalGeometry) -> None:
+    shape = (query.shape[3], geometry.num_queries, geometry.num_keys)
+    _check_parameter("bias [heads, window_size², num_keys]", bias, shape, query)
+
+
+def _check_pooling(
+    pooling: tuple[Pooling | PooledMap, ...], query: Tensor, geometry: FocalGeometry
+) -> None:
+    coarse = len(geometry.levels) - 1
+    if len(pooling) != coarse:
+        raise ValueError(
+            f"pooling must have one entry per coarse level, got {len(pooling)} for {coarse}"
+        )
+    batch, height, width, heads, head_dim = query.shape
+    for index, entry in enumerate(pooling):
+        name = f"pooling[{index}]"
+        if isinstance(entry, Pooling):
+            side = geometry.levels[index + 1].subwindow_size
+            _check_parameter(f"{name}.weight", entry.weight, (side, side), query)
+            for part in ("key_offset", "value_offset"):
+                offset = getattr(entry, part)
+                if offset is not None:
+                    _check_parameter(f"{name}.{part}", offset, (heads, head_dim), query)
+        elif isinstance(entry, PooledMap):
+            rows, cols = geometry.map_cells(index + 1, height, width)
+            for part in ("key", "value"):
+                tensor, shape = getattr(entry, part), (batch, rows, cols, heads, head_dim)
+                _check_parameter(f"{name}.{part}", tensor, shape, query)
+                if tensor.dtype != query.dtype:
+                    raise TypeError(
+                        f"{name}.{part} must have the dtype of query, got {tensor.dtype} "
+                        f"and {query.dtype}"
+                    )
+        else:
+            raise TypeError(
+                f"{name} must be a Pooling or a PooledMap, got {type(entry).__name__}"
+            )
+
+
+def _check_map_size(
+    map_size: tuple[int, int] | None, height: int, width: int
+) -> tuple[int, int]:
+    if map_size is None:
+        return height, width
+    rows, cols = map_size
+    if not (1 <= rows <= height and 1 <= cols <= width):
+        raise ValueError(
+            f"map_size must lie within (1, 1) and the map's ({height}, {width}), got {map_size}"
+        )
+    return rows, cols
+
+
+def _check_seed(seed: Tensor, query: Tensor) -> None:
+    if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
+        raise ValueError(
+            f"dropout_seed must be int64 of shape [1], got {seed.dtype} {list(seed.shape)}"
+        )
+    _check_device("dropout_seed", seed, query)
