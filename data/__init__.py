@@ -1,0 +1,11 @@
+"""Image classification data: one file per source, all returned as `ImageData`.
+
+A new source is one file here with a `build_*` function, one dataclass in `conf/schema.py`, one
+YAML file in `conf/data/` and one line in `data/sources.py`.
+"""
+
+from data.base import ImageData
+from data.loading import eval_loader, train_loader
+from data.sources import build
+
+__all__ = ["ImageData", "build", "eval_loader", "train_loader"]

@@ -1,0 +1,29 @@
+"""From a data configuration to the source that reads it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from conf.schema import DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
+from data.base import ImageData
+from data.digits import build_digits
+from data.imagefolder import build_imagefolder
+from data.synthetic import build_synthetic
+
+BUILDERS: dict[type[DataConfig], Callable[[Any], ImageData]] = {
+    DigitsConfig: build_digits,
+    ImageFolderConfig: build_imagefolder,
+    SyntheticConfig: build_synthetic,
+}
+
+
+def build(config: DataConfig) -> ImageData:
+    """Open the data source that the type of `config` names.
+
+    Raises:
+        ConfigError: The source cannot be read as configured.
+        TypeError: No source belongs to this type.
+    """
+    if type(config) not in BUILDERS:
+        known = ", ".join(kind.__name__ for kind in BUILDERS)
+        raise TypeError(f"config must be one of {known}, got {type(config).__name__}")
+    return BUILDERS[type(config)](config)
