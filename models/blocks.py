@@ -1,0 +1,85 @@
+"""The parts of a stage: a block of attention and MLP, and the blocks with their downsampling.
+
+Paper: arXiv 2107.00641, section 3.1 and figure 2. Origin: written from the paper; MLP, stochastic
+depth and layer scale are timm's. What differs from the released code: a stage begins with its
+downsampling rather than end with the next one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+from models.focal_attention import FocalAttention
+from models.layers import ConvEmbed
+
+__all__ = ["FocalBlock", "FocalStage"]
+
+
+class FocalBlock(nn.Module):
+    """Focal attention and an MLP, each in a residual branch.
+
+    Args:
+        attn: The attention module.
+        dim: Channels.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        proj_drop: Dropout inside the MLP.
+        drop_path: Probability that a branch is skipped for a sample.
+        layer_scale: Initial value of a learned factor per channel on each branch; None for none.
+        pre_norm: Normalise a branch's input (as released) rather than its output.
+    """
+
+    def __init__(
+        self,
+        attn: FocalAttention,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        pre_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.pre_norm = pre_norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, height, width, dim]` to the same shape."""
+        if self.pre_norm:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x))))
+        return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+
+
+class FocalStage(nn.Module):
+    """Downsampling (but for the first stage), then blocks that share a map size.
+
+    Args:
+        blocks: The blocks.
+        downsample: Halves the map beforehand, or None.
+    """
+
+    def __init__(self, blocks: Sequence[FocalBlock], downsample: ConvEmbed | None = None) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, height, width, in_dim]` to `[batch, rows, cols, dim]`."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
