@@ -22,7 +22,7 @@ class ModelConfig:
 
     `window_size`, `focal_levels`, `expand_size` and `region_sizes` take one integer or a list with
     one per stage. `levels` lists `[subwindow_size, region_size]` pairs per stage and excludes the
-    latter three.
+    latter three. The options are those of `models.FocalTransformer`.
     """
 
     name: str = MISSING
@@ -40,7 +40,9 @@ class ModelConfig:
     shift: bool | None = None
     mlp_ratio: float | None = None
     qkv_bias: bool | None = None
+    global_pool: str | None = None
     drop_rate: float | None = None
+    proj_drop_rate: float | None = None
     attn_drop_rate: float | None = None
     drop_path_rate: float | None = None
     conv_embed: bool | None = None

@@ -57,7 +57,7 @@ def _int_or_ints(key: str, value: Any) -> None:
 def _validate_model(model: ModelConfig) -> None:
     for name in ("window_size", "focal_levels", "expand_size", "region_sizes"):
         _int_or_ints(f"model.{name}", getattr(model, name))
-    for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+    for name in ("drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"):
         _fraction(f"model.{name}", getattr(model, name))
     _require(
         not model.kwargs or not model.name.startswith("focal_"),

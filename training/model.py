@@ -4,17 +4,25 @@ from dataclasses import asdict
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
-import models  # noqa: F401  registers the Focal Transformers with timm
 from conf.schema import ConfigError, ModelConfig
 from data import ImageData
+from data.seeding import seed_global
+from kernels import resolve_backend
+from models.focal_attention import FocalAttention  # also registers the family with timm
 
 FAMILY = "focal_"
+COMPUTE_DTYPES = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
-def build_model(config: ModelConfig, data: ImageData) -> nn.Module:
-    """Create `config.name` for the channels, size and classes of `data`.
+def build_model(config: ModelConfig, data: ImageData, *, seed: int) -> nn.Module:
+    """Create `config.name` for the channels, size and classes of `data`, initialised from `seed`.
 
     Options left at None keep the variant's own value. Other timm models get their options from
     `config.kwargs`, and those of `config` that are set.
@@ -29,6 +37,7 @@ def build_model(config: ModelConfig, data: ImageData) -> nn.Module:
     }
     if config.name.startswith(FAMILY):
         options["img_size"] = data.img_size
+    seed_global(seed)
     try:
         return timm.create_model(
             config.name,
@@ -41,9 +50,17 @@ def build_model(config: ModelConfig, data: ImageData) -> nn.Module:
         raise ConfigError(f"model {config.name} cannot be built: {error}") from error
 
 
-def attention_backend(model: nn.Module) -> str | None:
-    """The attention backend a model runs; None for a model without focal attention."""
-    backends = {
-        module.attention_backend for module in model.modules() if hasattr(module, "attention_backend")
-    }
-    return "+".join(sorted(backends)) or None
+def attention_backend(model: nn.Module, device: torch.device, precision: str) -> str | None:
+    """The attention backend that `model` will run; None for a model without focal attention.
+
+    Raises:
+        ConfigError: The backend asked for cannot run on `device`.
+    """
+    asked = {module.backend for module in model.modules() if isinstance(module, FocalAttention)}
+    if not asked:
+        return None
+    dtype = COMPUTE_DTYPES[precision]
+    try:
+        return "+".join(sorted({resolve_backend(backend, device, dtype) for backend in asked}))
+    except ValueError as error:
+        raise ConfigError(f"model.attention_backend: {error}") from error

@@ -1,0 +1,203 @@
+"""One run from its configuration: prepare, train or evaluate, sum up."""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+import models
+from conf.schema import Config, ConfigError, TrainerConfig
+from data import build
+from training import checkpoint
+from training.console import RunConsole
+from training.loop import Trainer
+from training.model import attention_backend, build_model
+from training.records import Records, read_history
+from training.reporting import Reporter
+
+
+def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, float]:
+    """Train, or only evaluate, as `config` says.
+
+    Everything that can be wrong with the configuration is found before anything is written.
+
+    Args:
+        config: A validated configuration.
+        run_dir: Where results go; must exist and hold no run yet.
+        multirun: The run is one of a sweep, which cannot start processes of its own.
+
+    Returns:
+        Loss, top-1 and top-5 (percent): of the best epoch, or of the evaluation.
+
+    Raises:
+        ConfigError: A setting does not suit the data, the model, the machine or the checkpoint.
+        FloatingPointError: The loss stopped being finite.
+    """
+    _set_up_torch(config.trainer)
+    data = build(config.data)
+    resumed = _read_checkpoint(config, Path(config.resume)) if config.resume else None
+    fabric = _make_fabric(config.trainer, multirun=multirun)
+    console = RunConsole(epochs=config.trainer.epochs, enabled=fabric.is_global_zero)
+    model = build_model(config.model, data, seed=config.trainer.seed)
+    backend = attention_backend(model, fabric.device, config.trainer.precision)
+    if config.finetune:
+        _load_weights(model, config.finetune, console)
+    fabric.launch()
+
+    trainer = Trainer(config, fabric=fabric, model=model, data=data)
+    if resumed is not None:
+        _restore(trainer, resumed, console)
+    records = _open_records(config, run_dir, trainer, resumed) if fabric.is_global_zero else None
+    reporter = Reporter(console, records)
+    parts = [
+        f"{config.model.name} ({_millions(model)} parameters) on {config.data.name}",
+        f"{fabric.device.type} ×{fabric.world_size}",
+        config.trainer.precision,
+        f"{backend} attention" if backend else "no focal attention",
+        f"results in {run_dir}",
+    ]
+    console.line(" · ".join(parts))
+    failed = True
+    try:
+        if config.eval_only:
+            result = trainer.evaluate()
+            reporter.evaluation(trainer.global_step, result)
+        else:
+            console.start(total_steps=trainer.total_steps, first_step=trainer.global_step)
+            result = trainer.fit(run_dir, reporter)
+        failed = False
+    finally:
+        reporter.close(failed=failed)
+        if failed and (run_dir / "last.ckpt").is_file():
+            console.line(f"stopped; to continue, repeat the command with resume={run_dir}/last.ckpt")
+    console.summary("Evaluation" if config.eval_only else "Run", _rows(config, run_dir, reporter, result))
+    return result
+
+
+def _set_up_torch(settings: TrainerConfig) -> None:
+    """Choose between speed and repeatable kernels, before a device is used."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _make_fabric(settings: TrainerConfig, *, multirun: bool) -> Fabric:
+    """Fabric for the devices asked for."""
+    devices: str | int | list[int] = settings.devices
+    if settings.devices != "auto":
+        numbers = [int(number) for number in settings.devices.split(",")]
+        devices = numbers if len(numbers) > 1 else numbers[0]
+    try:
+        fabric = Fabric(
+            accelerator=settings.accelerator,
+            devices=devices,
+            num_nodes=settings.num_nodes,
+            strategy=settings.strategy,
+            precision=settings.precision,  # type: ignore[arg-type]
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"trainer.accelerator={settings.accelerator} trainer.devices={settings.devices} "
+            f"trainer.strategy={settings.strategy} cannot be had here: {error}"
+        ) from error
+    if multirun and fabric.world_size > 1:
+        raise ConfigError(
+            "trainer.devices must be 1 in a multirun, whose runs share one process, got "
+            f"{settings.devices}"
+        )
+    return fabric
+
+
+def _read_checkpoint(config: Config, path: Path) -> dict[str, Any]:
+    """Read the checkpoint to resume from and check that it is of the same model."""
+    content = checkpoint.load(path)
+    changed = checkpoint.differences(content["config"]["model"], asdict(config.model), "model.")
+    if changed:
+        raise ConfigError(
+            f"model must be that of the checkpoint, differing (checkpoint → here): "
+            f"{'; '.join(changed)}. The run's own arguments are in {path.parent}/config.yaml"
+        )
+    return content
+
+
+def _load_weights(model: nn.Module, path: str, console: RunConsole) -> None:
+    """Start from the weights of a file, saying what did not fit."""
+    try:
+        notes = models.load_weights(model, path)
+    except ValueError as error:
+        raise ConfigError(f"finetune: {error}") from error
+    console.line(f"weights from {path}")
+    for note in notes:
+        console.line(f"  {note}")
+
+
+def _restore(trainer: Trainer, content: dict[str, Any], console: RunConsole) -> None:
+    """Continue a run, or take its evaluated weights."""
+    config = trainer.config
+    if config.eval_only:
+        trainer.evaluated_model.load_state_dict(content.get("ema") or content["model"])
+        trainer.epoch, trainer.step = content["epoch"], content["step"]
+        console.line(f"weights from {config.resume}, epoch {content['epoch']}")
+        return
+    trainer.resume(content)
+    console.line(f"continuing {config.resume} at step {trainer.global_step}")
+    for difference in checkpoint.differences(content["config"], asdict(config)):
+        if not difference.startswith(("resume", "name")):
+            console.line(f"  changed since: {difference}")
+
+
+def _open_records(
+    config: Config, run_dir: Path, trainer: Trainer, resumed: dict[str, Any] | None
+) -> Records:
+    """Begin the run folder: records, with the past of a continued run, and the configuration."""
+    continued = resumed is not None and not config.eval_only
+    past = Path(config.resume).parent if config.resume and continued else None
+    records = Records(
+        run_dir,
+        name=config.name,
+        logger=config.logger,
+        config=asdict(config),
+        wandb_id=resumed["wandb_id"] if resumed is not None and continued else None,
+        history=read_history(past, trainer.global_step) if past else None,
+    )
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+    best = past / "best.ckpt" if past else None
+    if best is not None and best.is_file():
+        shutil.copyfile(best, run_dir / "best.ckpt")
+    return records
+
+
+def _millions(model: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M"
+
+
+def _rows(
+    config: Config, run_dir: Path, reporter: Reporter, result: dict[str, float]
+) -> dict[str, str]:
+    """The closing table."""
+    where = "" if config.eval_only else f" at epoch {result['epoch']:.0f}"
+    rows = {
+        "top-1": f"{result['top1']:.2f} %{where}",
+        "top-5": f"{result['top5']:.2f} %",
+        "loss": f"{result['loss']:.4f}",
+    }
+    if not config.eval_only:
+        rows |= {
+            "training": f"{reporter.images_per_second:.1f} images/s",
+            "time": reporter.console.elapsed(),
+            "checkpoints": "best.ckpt, last.ckpt",
+        }
+    rows["folder"] = str(run_dir)
+    if config.logger.mode == "offline":
+        rows["upload"] = f"wandb sync {run_dir}/wandb/offline-run-*"
+    return rows
