@@ -134,7 +134,7 @@ def fold_ring(table: Tensor, name: str = "ring table") -> Tensor:
 
 @lru_cache(maxsize=16)
 def _ring_sources(window: int, expand: int) -> Tensor:
-    """int64 `[cells, most sources]`: entries of each ring cell; their number where there is none."""
+    """int64 `[cells, most sources]`: entries of each ring cell, padded with their number."""
     region = window + 2 * expand
     entries: dict[int, list[int]] = {}
     count = 0
