@@ -49,7 +49,7 @@ def keep_mask(
         bool `[*row.shape, num_queries, num_keys]`; an entry depends on the seed and its own indices
         alone.
     """
-    start = _mix((row & _MASK32) ^ seed)[..., None]
+    start = _mix((row ^ seed) & _MASK32)[..., None]
     pair = torch.arange(num_queries * num_keys, device=row.device, dtype=torch.int64)
     hashed = _mix((start + pair * 0x9E3779B1) & _MASK32)
     return (hashed >= keep_threshold(dropout_p)).unflatten(-1, (num_queries, num_keys))

@@ -1,0 +1,248 @@
+"""The Triton backend as registered operators: fakes for tracing, autograd, FLOP counts.
+
+`custom_op` rather than `triton_op`: it traces, compiles and passes `opcheck` under the interpreter on
+a CPU as well (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.backward import launch_backward
+from kernels.coarse import PooledMap, Pooling
+from kernels.forward import launch_forward
+from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
+from kernels.launch import PoolProblem, Problem
+from kernels.pooling import launch_pool, launch_pool_backward
+
+__all__ = ["INTERPRETED", "focal_attention"]
+
+# Triton decides at decoration whether a kernel is compiled or interpreted.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+def focal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    geometry: FocalGeometry,
+    pooling: Sequence[Pooling | PooledMap],
+    scale: float,
+    map_size: tuple[int, int],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    """See `kernels.focal_attention`; arguments are taken as already checked."""
+    code = encode_geometry(geometry)
+    pooled = []
+    for level, entry in enumerate(pooling, start=1):
+        if isinstance(entry, PooledMap):
+            pooled.append((entry.key.flatten(1, 2), entry.value.flatten(1, 2)))
+        else:
+            pooled.append(
+                _pool(key, value, entry.weight, entry.key_offset, entry.value_offset, code, level)
+            )
+    if len(pooled) == 1:
+        coarse_key, coarse_value = (x.contiguous() for x in pooled[0])
+    else:
+        batch, heads, head_dim = query.shape[0], *query.shape[3:]
+        none = query.new_empty(batch, 0, heads, head_dim)
+        coarse_key = torch.cat([none, *(k for k, _ in pooled)], dim=1)
+        coarse_value = torch.cat([none, *(v for _, v in pooled)], dim=1)
+    out, _ = _attention(
+        query,
+        key,
+        value,
+        bias,
+        coarse_key,
+        coarse_value,
+        code,
+        scale,
+        list(map_size),
+        dropout_p,
+        dropout_seed,
+    )
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A map whose last axis is contiguous, as the kernels read it; any other layout is copied."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _problem(
+    query: Tensor,
+    coarse_key: Tensor,
+    coarse_value: Tensor,
+    code: Sequence[int],
+    scale: float,
+    map_size: Sequence[int],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Problem:
+    return Problem(
+        geometry=decode_geometry(code),
+        query_shape=tuple(query.shape),
+        dtype=query.dtype,
+        coarse_key=coarse_key,
+        coarse_value=coarse_value,
+        scale=scale,
+        map_size=(map_size[0], map_size[1]),
+        dropout_p=dropout_p,
+        dropout_seed=seed,
+    )
+
+
+# -- pooling --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("focal::pool", mutates_args=())
+def _pool(
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    geometry_code: Sequence[int],
+    level: int,
+) -> tuple[Tensor, Tensor]:
+    key, value = _rows(key), _rows(value)
+    problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
+    return launch_pool(key, value, weight, key_offset, value_offset, problem)
+
+
+@_pool.register_fake
+def _(key, value, weight, key_offset, value_offset, geometry_code, level):
+    batch, height, width, heads, head_dim = key.shape
+    rows, cols = decode_geometry(geometry_code).map_cells(level, height, width)
+    shape = (batch, rows * cols, heads, head_dim)
+    return key.new_empty(shape), key.new_empty(shape)
+
+
+@torch.library.custom_op("focal::pool_backward", mutates_args=())
+def _pool_backward(
+    grad_key: Tensor,
+    grad_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    geometry_code: Sequence[int],
+    level: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = _rows(key), _rows(value)
+    problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
+    grads = grad_key.contiguous(), grad_value.contiguous()
+    return launch_pool_backward(*grads, key, value, weight, problem)
+
+
+@_pool_backward.register_fake
+def _(grad_key, grad_value, key, value, weight, geometry_code, level):
+    maps = key.new_empty(key.shape), value.new_empty(value.shape)
+    return (*maps, weight.new_empty(weight.shape))
+
+
+def _setup_pool(ctx, inputs, output) -> None:
+    key, value, weight, key_offset, value_offset, code, level = inputs
+    ctx.save_for_backward(key, value, weight)
+    ctx.settings = (code, level)
+    ctx.offset_dtypes = [None if x is None else x.dtype for x in (key_offset, value_offset)]
+
+
+def _backward_pool(ctx, grad_key, grad_value):
+    d_key, d_value, d_weight = _pool_backward(
+        grad_key, grad_value, *ctx.saved_tensors, *ctx.settings
+    )
+    # An offset is added to every cell of every image.
+    offsets = [
+        None if dtype is None else grad.sum(dim=(0, 1), dtype=torch.promote_types(dtype, grad.dtype))
+        for grad, dtype in zip((grad_key, grad_value), ctx.offset_dtypes, strict=True)
+    ]
+    d_offsets = [
+        None if offset is None else offset.to(dtype)
+        for offset, dtype in zip(offsets, ctx.offset_dtypes, strict=True)
+    ]
+    return d_key, d_value, d_weight, *d_offsets, None, None
+
+
+_pool.register_autograd(_backward_pool, setup_context=_setup_pool)
+
+
+# -- attention ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("focal::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    coarse_key: Tensor,
+    coarse_value: Tensor,
+    geometry_code: Sequence[int],
+    scale: float,
+    map_size: Sequence[int],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
+    problem = _problem(query, coarse_key, coarse_value, *settings)
+    return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)
+
+
+@_attention.register_fake
+def _(query, key, value, bias, coarse_key, coarse_value, *settings):
+    problem = _problem(query, coarse_key, coarse_value, *settings)
+    return query.new_empty(query.shape), problem.new_rows(query)
+
+
+@torch.library.custom_op("focal::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    coarse_key: Tensor,
+    coarse_value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    geometry_code: Sequence[int],
+    scale: float,
+    map_size: Sequence[int],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
+    problem = _problem(query, coarse_key, coarse_value, *settings)
+    maps = [_rows(x) for x in (grad_out, query, key, value)]
+    return launch_backward(*maps, bias, out, lse, problem)
+
+
+@_attention_backward.register_fake
+def _(grad_out, query, key, value, bias, coarse_key, coarse_value, *rest):
+    inputs = (query, key, value, bias, coarse_key, coarse_value)
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+def _setup_attention(ctx, inputs, output) -> None:
+    *tensors, code, scale, map_size, dropout_p, seed = inputs
+    ctx.save_for_backward(*tensors, *output, seed)
+    ctx.settings = (code, scale, map_size, dropout_p)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_attention(ctx, grad_out, _grad_lse):
+    if grad_out is None:
+        return (None,) * 11
+    *tensors, seed = ctx.saved_tensors
+    return *_attention_backward(grad_out, *tensors, *ctx.settings, seed), *(None,) * 5
+
+
+_attention.register_autograd(_backward_attention, setup_context=_setup_attention)

@@ -1,0 +1,165 @@
+"""Sub-window pooling of keys and values, forward and backward (paper, section 3.2, equation 1).
+
+    pooled[cell] = Σ_i weight_i · x[token i of the cell] + offset
+
+One weight per position of the sub-window, shared by all channels. Keys and values are pooled by the
+same program: they share weights and places. The pooled maps are a factor ``subwindow_size²`` smaller
+than the map, so they are written once and every window that attends a cell reads them.
+
+Layouts: k, v `[batch, height, width, heads, head_dim]` with a contiguous last axis, zero beyond their
+storage; pooled `[batch, cells, heads, head_dim]`, cells of the rolled, padded map row-major. Grid:
+(cell tiles, heads, batch). Backward gives each program the tokens under its cells, so that no two
+write the same place; gradients of the weights are summed per program and then over programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import PoolProblem, sum_dtype, token_map
+from kernels.tiles import load_rows, store_rows, token_rows, unroll
+
+__all__ = ["launch_pool", "launch_pool_backward"]
+
+
+@triton.jit
+def locate_token(cell, exists, i, size, S: tl.constexpr, SUB: tl.constexpr):
+    """Stored row and column of token ``i`` of cells, and whether memory holds it."""
+    cols = size.pad_w // SUB
+    row = unroll(cell // cols * SUB + i // SUB, size.pad_h, S)
+    col = unroll(cell % cols * SUB + i % SUB, size.pad_w, S)
+    return row, col, exists & (row < size.height) & (col < size.width)
+
+
+@triton.jit
+def pool_kernel(
+    key, value, weight_ptr, k_offset_ptr, v_offset_ptr, pooled_k_ptr, pooled_v_ptr, size, num_cells,
+    S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Pooled keys and values of one tile of cells."""
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    exists = cell < num_cells
+    offset = head * S.head_dim + cell * 0  # one row of offsets for every cell
+    acc_k = load_rows(k_offset_ptr + offset, exists, S).to(ACC_TYPE)  # [BLOCK, block_d]
+    acc_v = load_rows(v_offset_ptr + offset, exists, S).to(ACC_TYPE)
+    for i in range(SUB * SUB):
+        weight = tl.load(weight_ptr + i).to(ACC_TYPE)
+        row, col, stored = locate_token(cell, exists, i, size, S, SUB)
+        acc_k += weight * load_rows(token_rows(key, batch, row, col, head), stored, S).to(ACC_TYPE)
+        acc_v += weight * load_rows(token_rows(value, batch, row, col, head), stored, S).to(ACC_TYPE)
+    target = ((batch.to(tl.int64) * num_cells + cell) * size.num_heads + head) * S.head_dim
+    store_rows(pooled_k_ptr + target, acc_k, exists, S)
+    store_rows(pooled_v_ptr + target, acc_v, exists, S)
+
+
+@triton.jit
+def pool_backward_kernel(
+    key, value, weight_ptr, grad_k_ptr, grad_v_ptr, out_k_ptr, out_v_ptr, partial_ptr, size, num_cells,
+    S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the tokens under one tile of cells, and this tile's part of the weights'.
+
+    ``partial`` `[batch, heads, cell tiles, SUB²]`.
+    """
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    exists = cell < num_cells
+    source = ((batch.to(tl.int64) * num_cells + cell) * size.num_heads + head) * S.head_dim
+    grad_k = load_rows(grad_k_ptr + source, exists, S).to(ACC_TYPE)  # [BLOCK, block_d]
+    grad_v = load_rows(grad_v_ptr + source, exists, S).to(ACC_TYPE)
+    program = (batch.to(tl.int64) * size.num_heads + head) * tl.num_programs(0) + tl.program_id(0)
+    for i in range(SUB * SUB):
+        weight = tl.load(weight_ptr + i).to(ACC_TYPE)
+        row, col, stored = locate_token(cell, exists, i, size, S, SUB)
+        k = load_rows(token_rows(key, batch, row, col, head), stored, S).to(ACC_TYPE)
+        v = load_rows(token_rows(value, batch, row, col, head), stored, S).to(ACC_TYPE)
+        tl.store(partial_ptr + program * (SUB * SUB) + i, tl.sum(grad_k * k + grad_v * v))
+        token = (batch.to(tl.int64) * size.height + row) * size.width + col
+        token = (token * size.num_heads + head) * S.head_dim
+        store_rows(out_k_ptr + token, weight * grad_k, stored, S)
+        store_rows(out_v_ptr + token, weight * grad_v, stored, S)
+
+
+def launch_pool(
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    key_offset: Tensor | None,
+    value_offset: Tensor | None,
+    problem: PoolProblem,
+) -> tuple[Tensor, Tensor]:
+    """Pool one coarse level.
+
+    Args:
+        key: `[batch, height, width, heads, head_dim]`, last axis contiguous; so is value.
+        value: as ``key``.
+        weight: `[subwindow_size, subwindow_size]`.
+        key_offset: `[heads, head_dim]`, or None for zero.
+        value_offset: as ``key_offset``.
+        problem: Sizes of this call.
+
+    Returns:
+        Pooled keys and values `[batch, cells, heads, head_dim]`.
+    """
+    batch, heads, head_dim = key.shape[0], *key.shape[3:]
+    pooled = [key.new_empty(batch, problem.num_cells, heads, head_dim) for _ in range(2)]
+    if key.numel() == 0:
+        return pooled[0], pooled[1]
+    zero = key.new_zeros(heads, head_dim)
+    pool_kernel[problem.grid](
+        key=token_map(key),
+        value=token_map(value),
+        weight_ptr=weight.contiguous(),
+        k_offset_ptr=zero if key_offset is None else key_offset.contiguous(),
+        v_offset_ptr=zero if value_offset is None else value_offset.contiguous(),
+        pooled_k_ptr=pooled[0],
+        pooled_v_ptr=pooled[1],
+        **problem.common_arguments(),
+    )
+    return pooled[0], pooled[1]
+
+
+def launch_pool_backward(
+    grad_key: Tensor,
+    grad_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    problem: PoolProblem,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `launch_pool`.
+
+    Args:
+        grad_key: Gradient of the pooled keys, contiguous.
+        grad_value: Gradient of the pooled values, contiguous.
+        key: What was pooled; so is value.
+        value: as ``key``.
+        weight: `[subwindow_size, subwindow_size]`.
+        problem: Sizes of this call.
+
+    Returns:
+        Gradients of key, value and weight.
+    """
+    grads = [torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2)]
+    if key.numel() == 0:
+        return grads[0], grads[1], torch.zeros_like(weight)
+    tiles, heads, batch = problem.grid
+    partial = torch.empty(
+        batch * heads * tiles, weight.numel(), dtype=sum_dtype(key.dtype), device=key.device
+    )
+    pool_backward_kernel[problem.grid](
+        key=token_map(key),
+        value=token_map(value),
+        weight_ptr=weight.contiguous(),
+        grad_k_ptr=grad_key,
+        grad_v_ptr=grad_value,
+        out_k_ptr=grads[0],
+        out_v_ptr=grads[1],
+        partial_ptr=partial,
+        **problem.common_arguments(),
+    )
+    return grads[0], grads[1], partial.sum(0).view_as(weight).to(weight.dtype)
