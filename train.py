@@ -6,25 +6,9 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from conf import Config, ConfigError, register_schemas, validate
-
-
-def to_config(node: DictConfig) -> Config:
-    """The composed configuration as validated dataclasses; nothing below sees OmegaConf.
-
-    Raises:
-        ConfigError: A mandatory key has no value, or a value breaks a rule.
-    """
-    missing = sorted(OmegaConf.missing_keys(node))
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} must be set: {missing[0]}=VALUE")
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, Config)
-    validate(config)
-    return config
-
+from conf import ConfigError, register_schemas, to_config
 
 register_schemas()
 

@@ -1,7 +1,6 @@
 """Typed configuration: the schema, its rules and the YAML files that fill it."""
 
+from conf.compose import compose, to_config
 from conf.schema import Config, ConfigError, register_schemas
-from conf.validation import validate
 
-
-__all__ = ["Config", "ConfigError", "register_schemas", "validate"]
+__all__ = ["Config", "ConfigError", "compose", "register_schemas", "to_config"]

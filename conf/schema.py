@@ -76,7 +76,7 @@ class DigitsConfig(DataConfig):
 
 @dataclass
 class ImageFolderConfig(DataConfig):
-    """ImageNet's layout, `root/train/<class>/*` and `root/val/<class>/*`, with timm's transforms."""
+    """ImageNet's layout, `root/train/<class>/*` and `root/val/<class>/*`; timm's transforms."""
 
     root: str = MISSING
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])

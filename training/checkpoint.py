@@ -53,7 +53,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ConfigError(f"resume must name a whole checkpoint, cannot read {path}: {error}") from error
+        raise ConfigError(
+            f"resume must name a whole checkpoint, cannot read {path}: {error}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigError(
             f"resume must name a last.ckpt or best.ckpt of this program, got {path}; "
@@ -64,11 +66,6 @@ def load(path: Path) -> dict[str, Any]:
             f"resume must name a checkpoint of version {VERSION}, {path} has {content['version']}"
         )
     return content
-
-
-def is_run_checkpoint(path: Path) -> bool:
-    """Whether `path` is named like a checkpoint of a run."""
-    return path.suffix == ".ckpt"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -82,9 +82,13 @@ class RunConsole:
 
     def epoch(self, epoch: int, train: dict[str, float], val: dict[str, float] | None) -> None:
         """Print the line of a finished epoch."""
-        text = f"epoch {epoch}/{self.epochs}  train loss {train['loss']:.3f} acc {train['top1']:.1f}%"
+        text = (
+            f"epoch {epoch}/{self.epochs}  train loss {train['loss']:.3f} acc {train['top1']:.1f}%"
+        )
         if val is not None:
-            text += f"  val loss {val['loss']:.3f} top-1 {val['top1']:.2f}% top-5 {val['top5']:.2f}%"
+            text += (
+                f"  val loss {val['loss']:.3f} top-1 {val['top1']:.2f}% top-5 {val['top5']:.2f}%"
+            )
         self.line(f"{text}  {self.elapsed()}")
 
     def summary(self, title: str, rows: dict[str, str]) -> None:

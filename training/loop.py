@@ -55,8 +55,8 @@ class Trainer:
                 f"{len(data.train)} training images, got {settings.batch_size} · "
                 f"{settings.accumulate} · {fabric.world_size}"
             )
-        shard = {"rank": fabric.global_rank, "world_size": fabric.world_size}
-        loading = {
+        shard: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        loading: dict[str, Any] = {
             "num_workers": config.data.num_workers,
             "pin_memory": fabric.device.type == "cuda",
         }
@@ -73,7 +73,7 @@ class Trainer:
         )
 
         if settings.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         lr = learning_rate(config.optimizer, self.global_batch)
         self.optimizer = build_optimizer(config.optimizer, model, lr)
         self.schedule = build_schedule(
@@ -83,9 +83,9 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
         )
         self.mixup = build_mixup(settings, data.num_classes)
-        self.wrapped, self.wrapped_optimizer = fabric.setup(
-            torch.compile(model) if settings.compile else model, self.optimizer
-        )
+        if settings.compile:
+            model.compile()
+        self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
         self.ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
 
         self.epoch_metrics = ClassificationMetrics(data.num_classes, fabric.device)
@@ -97,7 +97,7 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that evaluation and `best.ckpt` use: the moving average where there is one."""
+        """What evaluation and `best.ckpt` use: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @property
@@ -269,8 +269,8 @@ class Trainer:
         """
         if "optimizer" not in content:
             raise ConfigError(
-                "resume must name a last.ckpt to continue training; a best.ckpt holds weights alone, "
-                "for eval_only=true or finetune"
+                "resume must name a last.ckpt to continue training; a best.ckpt holds weights "
+                "alone, for eval_only=true or finetune"
             )
         if content["epoch"] >= self.settings.epochs:
             raise ConfigError(
@@ -279,9 +279,9 @@ class Trainer:
             )
         if content["step"] and content["steps_per_epoch"] != self.steps_per_epoch:
             raise ConfigError(
-                f"the checkpoint stopped inside an epoch of {content['steps_per_epoch']} steps, this "
-                f"configuration has {self.steps_per_epoch}: trainer.batch_size · trainer.accumulate · "
-                "processes must be as before"
+                "trainer.batch_size · trainer.accumulate · processes must be as before: the "
+                f"checkpoint stopped inside an epoch of {content['steps_per_epoch']} steps, this "
+                f"configuration has {self.steps_per_epoch}"
             )
         if (content["ema"] is None) != (self.ema is None):
             raise ConfigError(

@@ -1,5 +1,7 @@
 """Optimiser, learning-rate schedule and mixup, all timm's."""
 
+from typing import Any
+
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -29,9 +31,11 @@ def learning_rate(config: OptimizerConfig, global_batch: int) -> float:
 def build_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> Optimizer:
     """Group the parameters by weight decay (and depth) and create the optimiser."""
     if isinstance(config, AdamWConfig):
-        name, options = "adamw", {"betas": tuple(config.betas), "eps": config.eps}
+        name = "adamw"
+        options: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps}
     elif isinstance(config, SGDConfig):
-        name, options = ("sgd" if config.nesterov else "momentum"), {"momentum": config.momentum}
+        name = "sgd" if config.nesterov else "momentum"
+        options = {"momentum": config.momentum}
     else:
         raise TypeError(f"config must be AdamWConfig or SGDConfig, got {type(config).__name__}")
     return create_optimizer_v2(
@@ -51,7 +55,7 @@ def build_schedule(
 
     As in the released code, the cosine runs over all steps and the warm-up covers its beginning.
     """
-    warmup = {
+    warmup: dict[str, Any] = {
         "warmup_t": round(config.warmup_epochs * steps_per_epoch),
         "warmup_lr_init": config.warmup_lr,
         "warmup_prefix": False,

@@ -3,7 +3,7 @@
 import json
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import wandb
 from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ class Records:
         self.wandb = None
         if logger.mode != "disabled":
             self.wandb = wandb.init(
-                mode=logger.mode,
+                mode=cast(Literal["offline", "online"], logger.mode),
                 project=logger.project,
                 entity=logger.entity,
                 group=name,
@@ -98,7 +98,9 @@ class Records:
                 points = [(line["epoch"], line.get(f"{split}_{value}")) for line in epochs]
                 points = [point for point in points if point[1] is not None]
                 if points:
-                    axes.plot(*zip(*points, strict=True), "o-", color=color, label=split, markersize=3)
+                    axes.plot(
+                        *zip(*points, strict=True), "o-", color=color, label=split, markersize=3
+                    )
             axes.set(xlabel="epoch", ylabel=label)
             axes.grid(alpha=0.3)
             if epochs:
@@ -120,6 +122,6 @@ def read_history(folder: Path, step: int) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.is_file():
         return []
-    whole = [text for text in path.read_text(encoding="utf-8").splitlines(keepends=True)]
-    lines = [json.loads(text) for text in whole if text.endswith("\n")]
+    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [json.loads(text) for text in texts if text.endswith("\n")]
     return [line for line in lines if line["step"] <= step]

@@ -58,7 +58,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     reporter = Reporter(console, records)
     parts = [
         f"{config.model.name} ({_millions(model)} parameters) on {config.data.name}",
-        f"{fabric.device.type} ×{fabric.world_size}",
+        f"{fabric.world_size} {fabric.device.type}",
         config.trainer.precision,
         f"{backend} attention" if backend else "no focal attention",
         f"results in {run_dir}",
@@ -76,8 +76,12 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     finally:
         reporter.close(failed=failed)
         if failed and (run_dir / "last.ckpt").is_file():
-            console.line(f"stopped; to continue, repeat the command with resume={run_dir}/last.ckpt")
-    console.summary("Evaluation" if config.eval_only else "Run", _rows(config, run_dir, reporter, result))
+            console.line(
+                f"stopped; to continue, repeat the command with resume={run_dir}/last.ckpt"
+            )
+    console.summary(
+        "Evaluation" if config.eval_only else "Run", _rows(config, run_dir, reporter, result)
+    )
     return result
 
 
