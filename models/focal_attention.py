@@ -9,6 +9,8 @@ here depends on the size of the map.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class FcPool(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, weight: Tensor, bias: Tensor | None, num_heads: int) -> Pooling:
+    def projected(self, weight: Tensor, bias: Tensor | None, num_heads: int) -> Pooling:
         """Pooling of keys and values already projected.
 
         A pooled feature is ``Σ wᵢ xᵢ + β``. Projected by ``W x + b`` it is ``Σ wᵢ (W xᵢ + b)`` plus
@@ -141,7 +143,9 @@ class FocalAttention(nn.Module):
         weight = self.qkv.weight[self.dim :]  # [2 * dim, dim], the keys' rows and the values'
         bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
         if self.pool == "fc":
-            return [pool(weight, bias, self.num_heads) for pool in self.pools]
+            return [
+                cast(FcPool, pool).projected(weight, bias, self.num_heads) for pool in self.pools
+            ]
         if self.pool == "mean":
             return [
                 Pooling(weight.new_full((side, side), 1.0 / side**2))

@@ -9,10 +9,8 @@ feature map (as in timm's Swin); attention is one operator with interchangeable 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
-from os import PathLike
 from typing import Any, cast
 
 import torch
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 
 from kernels import BACKENDS, FocalGeometry
 from models.blocks import FocalBlock, FocalStage
-from models.checkpoint import load_weights
 from models.focal_attention import POOLS, FocalAttention, init_linear
 from models.layers import ConvEmbed, resize_map
 from models.settings import (
@@ -35,8 +32,6 @@ from models.settings import (
 )
 
 __all__ = ["FocalTransformer"]
-
-_logger = logging.getLogger(__name__)
 
 
 class FocalTransformer(nn.Module):
@@ -259,11 +254,6 @@ class FocalTransformer(nn.Module):
         self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
-
-    def load_pretrained(self, path: str | PathLike[str]) -> None:
-        """Load a file as `models.load_weights` does, logging its notes; timm's hook."""
-        for note in load_weights(self, path):
-            _logger.warning("%s: %s", path, note)
 
     def forward_intermediates(
         self,

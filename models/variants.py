@@ -8,11 +8,13 @@ paper: it is for a CPU and for tests.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from models.checkpoint import load_weights
 from models.focal_transformer import FocalTransformer
 
 __all__ = [
@@ -27,11 +29,12 @@ __all__ = [
     "focal_tiny_conv",
 ]
 
+_logger = logging.getLogger(__name__)
+
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "url": "",  # the released weights no longer download
-        "custom_load": True,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -68,8 +71,8 @@ def _create(
     variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]
 ) -> FocalTransformer:
     """Build a variant through timm; ``options`` are the user's and go before ``sizes``."""
-    overlay = options.get("pretrained_cfg_overlay") or {}
-    if pretrained and not overlay.get("file"):
+    weights = (options.get("pretrained_cfg_overlay") or {}).get("file")
+    if pretrained and not weights:
         raise ValueError(
             f"pretrained must be False for {variant}: its released weights no longer download. To "
             "use a file you have, build the model and call models.load_weights(model, path), or "
@@ -78,10 +81,18 @@ def _create(
     options = {**sizes, **options}
     stages = len(options.get("depths", _TINY["depths"]))
     out_indices = options.pop("out_indices", tuple(range(stages)))
+
+    def build(**settings: Any) -> FocalTransformer:
+        model = FocalTransformer(**settings)
+        if pretrained:  # our own loader, as timm's knows neither Swin's names nor other windows
+            for note in load_weights(model, weights):
+                _logger.warning("%s: %s", weights, note)
+        return model
+
     return build_model_with_cfg(
-        FocalTransformer,
+        build,
         variant,
-        pretrained,
+        pretrained=False,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **options,
     )
@@ -92,7 +103,6 @@ def focal_micro(pretrained: bool = False, **kwargs: Any) -> FocalTransformer:
     """A small model for 56×56 images, to train and test on a CPU."""
     sizes = {
         "img_size": 56,
-        "patch_size": 2,
         "embed_dim": 32,
         "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 4, 8),
