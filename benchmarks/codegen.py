@@ -3,9 +3,10 @@
     python -m benchmarks.codegen                        # every kernel, stage 1 to 4, four targets
     python -m benchmarks.codegen --targets sm_90 --dtypes float16 --stages 1
 
-Launches are recorded rather than run: the launchers are called on tensors without memory ("meta"), so
-that a kernel is compiled with exactly the arguments, alignment and constants of a real call. For each
-one the table gives registers per thread, spilled bytes, and shared memory; ``--json`` saves it.
+Launches are recorded rather than run: the launchers are called on tensors without memory ("meta"),
+so that a kernel is compiled with exactly the arguments, alignment and constants of a real call. For
+each one the table gives registers per thread, spilled bytes, and shared memory; ``--json`` saves
+it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import FocalGeometry, backward, forward, pooling
+from kernels import FocalGeometry, FocalLevel, backward, forward, pooling
 from kernels.launch import PoolProblem, Problem
 
 TARGETS = {
@@ -63,10 +64,10 @@ class Case:
 
 # The released geometries: stages 1 to 4 of Focal-Tiny at 224 pixels (paper, table 1).
 RELEASED = {
-    1: Case("stage 1", FocalGeometry(7, ((1, 13), (7, 7))), 56, 56, 3),
-    2: Case("stage 2", FocalGeometry(7, ((1, 13), (7, 5))), 28, 28, 6),
-    3: Case("stage 3", FocalGeometry(7, ((1, 13), (7, 3))), 14, 14, 12),
-    4: Case("stage 4", FocalGeometry(7, ((1, 7), (7, 1))), 7, 7, 24),
+    1: Case("stage 1", FocalGeometry(7, (FocalLevel(1, 13), FocalLevel(7, 7))), 56, 56, 3),
+    2: Case("stage 2", FocalGeometry(7, (FocalLevel(1, 13), FocalLevel(7, 5))), 28, 28, 6),
+    3: Case("stage 3", FocalGeometry(7, (FocalLevel(1, 13), FocalLevel(7, 3))), 14, 14, 12),
+    4: Case("stage 4", FocalGeometry(7, (FocalLevel(1, 7), FocalLevel(7, 1))), 7, 7, 24),
 }
 
 
@@ -114,7 +115,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def record(case: Case, dtype: torch.dtype) -> list[Launch]:
-    """Every launch of one forward and backward pass, with q, k, v as views of a fused projection."""
+    """Every launch of a forward and a backward pass, with q, k, v as views of a fused qkv."""
     geometry, heads, head_dim = case.geometry, case.heads, case.head_dim
     map_size = (case.height, case.width)
     qkv = torch.empty(case.batch, *map_size, 3, heads, head_dim, dtype=dtype, device="meta")
@@ -191,9 +192,9 @@ def resources(compiled: Any, target: GPUTarget) -> tuple[int, int, int]:
     """Registers per thread, spilled bytes, shared memory in bytes."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
-        found = [re.search(rf"\.{key}:\s+(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")]
-        registers, spills = (int(match.group(1)) if match else 0 for match in found)
-        return registers, 4 * spills, compiled.metadata.shared
+        counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
+        registers, spills = int(counts["vgpr_count"]), 4 * int(counts["vgpr_spill_count"])
+        return registers, spills, compiled.metadata.shared
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -40,9 +40,9 @@ def focal_attention(
 
     Every query of a window attends the keys that ``geometry`` lists, level after level:
     ``softmax(scale · query · keyᵀ + bias + mask) · value``. Keys of coarse levels are pooled from
-    ``key`` and ``value`` inside the operator. A map that is no multiple of the window is taken as if
-    zero-padded right and bottom; under ``boundary="wrap"`` the padding's keys (zeros) count as keys,
-    under ``"mask"`` they do not. A query that is left without any key gets zeros.
+    ``key`` and ``value`` inside the operator. A map that is no multiple of the window is taken as
+    if zero-padded right and bottom; under ``boundary="wrap"`` the padding's keys (zeros) count as
+    keys, under ``"mask"`` they do not. A query that is left without any key gets zeros.
 
     Args:
         query: `[batch, height, width, heads, head_dim]`, floating point; any strides.
@@ -51,17 +51,17 @@ def focal_attention(
         bias: `[heads, window_size², num_keys]`, keys in canonical order; the dtype of ``query``, or
             float32.
         geometry: Window, levels, boundary and shift.
-        pooling: One entry per coarse level: `Pooling` (pooled on the fly) or `PooledMap` (made by the
-            caller).
-        scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        pooling: One entry per coarse level: `Pooling` (pooled on the fly) or `PooledMap` (made by
+            the caller).
+        scale: Factor on the scores; ``head_dim ** -0.5`` if None. The kernels are compiled for it.
         map_size: Rows and columns that hold real tokens where the caller padded the map, so that
             ``boundary="mask"`` knows the padding; ``(height, width)`` if None.
         dropout_p: Probability that an attention weight is dropped, in [0, 1).
-        dropout_seed: int64 `[1]` on the same device: the dropout mask is a function of it. Drawn from
-            PyTorch's generator if None.
-        backend: ``"reference"`` (the oracle), ``"eager"`` (PyTorch), ``"triton"`` (GPU, or CPU under
-            ``TRITON_INTERPRET=1``) or ``"auto"`` (Triton on a GPU, else eager). An explicit backend
-            that cannot run is an error.
+        dropout_seed: int64 `[1]` on the same device: the dropout mask is a function of it. Drawn
+            from PyTorch's generator if None.
+        backend: ``"reference"`` (the oracle), ``"eager"`` (PyTorch), ``"triton"`` (GPU, or CPU
+            under ``TRITON_INTERPRET=1``) or ``"auto"`` (Triton on a GPU, else eager). An explicit
+            backend that cannot run is an error.
 
     Returns:
         `[batch, height, width, heads, head_dim]`, the dtype of ``query``.
@@ -121,10 +121,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype = tor
     obstacle = _triton_obstacle(device, dtype)
     if backend == "triton" and obstacle:
         raise ValueError(f'backend="triton" cannot run here: {obstacle}')
+    if backend == "triton":
+        return "triton"
     # The interpreter is for tests: "auto" never picks it on a CPU.
-    return "triton" if obstacle is None and device.type == "cuda" else (
-        "triton" if backend == "triton" else "eager"
-    )
+    return "triton" if obstacle is None and device.type == "cuda" else "eager"
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -154,7 +154,8 @@ def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if min(tensor.shape[1:]) < 1:
             raise ValueError(
-                f"height, width, heads and head_dim must be positive, got {name} {list(tensor.shape)}"
+                f"height, width, heads and head_dim must be positive, "
+                f"got {name} {list(tensor.shape)}"
             )
         if tensor.shape != query.shape:
             raise ValueError(
@@ -222,14 +223,10 @@ def _check_pooling(
                         f"and {query.dtype}"
                     )
         else:
-            raise TypeError(
-                f"{name} must be a Pooling or a PooledMap, got {type(entry).__name__}"
-            )
+            raise TypeError(f"{name} must be a Pooling or a PooledMap, got {type(entry).__name__}")
 
 
-def _check_map_size(
-    map_size: tuple[int, int] | None, height: int, width: int
-) -> tuple[int, int]:
+def _check_map_size(map_size: tuple[int, int] | None, height: int, width: int) -> tuple[int, int]:
     if map_size is None:
         return height, width
     rows, cols = map_size

@@ -1,13 +1,13 @@
-"""Backward focal attention, without atomics: every gradient is summed by one program, in one order.
+"""Backward focal attention, without atomics: one program sums each gradient, in a fixed order.
 
 With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gradient of a score is
 ``dS = P (dP − Δ)``, and scores are computed again from q, k, bias and the saved lse. Three kernels:
 
 * `query_gradient_kernel`: one program per window, query block and head walks over keys as forward
   does: ``dq = scale · dS k``. It also writes Δ, which the others read.
-* `key_gradient_kernel`: one program per square of tokens or cells walks over the windows that attend
-  it: ``dk = scale · dSᵀ q`` and ``dv = Pᵀ dO``. Launched once per level; a coarse level's result is
-  the gradient of its pooled map, which `kernels.pooling` takes to tokens.
+* `key_gradient_kernel`: one program per square of tokens or cells walks over the windows that
+  attend it: ``dk = scale · dSᵀ q`` and ``dv = Pᵀ dO``. Launched once per level; a coarse level's
+  result is the gradient of its pooled map, which `kernels.pooling` takes to tokens.
 * `bias_gradient_kernel`: one program per key tile, query block, head and group of windows sums dS
   over its windows; the groups' sums are added at the end.
 
@@ -126,9 +126,9 @@ def bias_gradient_kernel(
     partial_ptr, seed_ptr, size, num_items, items_per_group,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dS over a group of (image, window) items; grid (key tiles · query blocks, heads, groups).
+    """Sums of dS over groups of (image, window) items.
 
-    ``partial`` `[groups, heads, m_pad, n_pad]`.
+    Grid (key tiles · query blocks, heads, groups); ``partial`` `[groups, heads, m_pad, n_pad]`.
     """
     BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
     n = (tl.program_id(0) // BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,7 +141,7 @@ def bias_gradient_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC_TYPE)
     first = group * items_per_group
-    for i in range(0, tl.minimum(items_per_group, num_items - first)):
+    for i in range(tl.minimum(items_per_group, num_items - first)):
         item = first + i
         batch = item // num_windows
         window = item % num_windows
@@ -175,8 +175,9 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """``dk`` and ``dv`` of the keys of one level; grid (squares · key blocks, heads, batch).
 
-    A square is what lies under GROUP × GROUP windows: ``side × side`` cells (tokens when FINE). FIRST
-    is the level's first key in canonical order, ``level_start`` its first cell in the packed maps.
+    A square is what lies under GROUP × GROUP windows: ``side × side`` cells (tokens when FINE).
+    FIRST is the level's first key in canonical order, ``level_start`` its first cell in the packed
+    maps.
     """
     SIDE: tl.constexpr = GROUP * CELLS
     BLOCKS: tl.constexpr = (SIDE * SIDE + BLOCK_K - 1) // BLOCK_K
@@ -258,18 +259,14 @@ def key_gradient_kernel(
                     )  # fmt: skip
                     score = exclude(score, query_side[None, :], side[:, None], True, S, True)
                 weight = tl.exp2(score - lse[None, :])
-                d_weight = tl.dot(
-                    v, tl.trans(do), input_precision=S.precision, out_dtype=ACC_TYPE
-                )
+                d_weight = tl.dot(v, tl.trans(do), input_precision=S.precision, out_dtype=ACC_TYPE)
                 kept = weight
                 if S.drop_threshold > 0:
                     pair = m[None, :] * S.num_keys + slot[:, None]
                     keep = keep_mask(seed_ptr, row_id, pair, S)
                     kept = tl.where(keep, weight * S.keep_factor, 0.0)
                     d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
-                dv += tl.dot(
-                    kept.to(do.dtype), do, input_precision=S.precision, out_dtype=ACC_TYPE
-                )
+                dv += tl.dot(kept.to(do.dtype), do, input_precision=S.precision, out_dtype=ACC_TYPE)
                 ds = weight * (d_weight - delta[None, :])
                 dk += tl.dot(ds.to(q.dtype), q, input_precision=S.precision, out_dtype=ACC_TYPE)
 

@@ -11,7 +11,7 @@ __all__ = ["PooledMap", "Pooling"]
 
 @dataclass(frozen=True)
 class Pooling:
-    """A coarse level pooled on the fly: ``key = Σ weight_i · key_i + key_offset`` over a sub-window.
+    """A coarse level pooled on the fly: ``Σ weight_i · key_i + key_offset`` over a sub-window.
 
     Pooling commutes with a linear projection, so pooling the features first (paper, equation 1) and
     projecting them is the same as this sum over keys already projected, with the offset

@@ -16,9 +16,11 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
+from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 from kernels.reference import coarse_map, pad_to_windows
 
@@ -66,7 +68,7 @@ def focal_attention(
 
 @dataclass(frozen=True)
 class _Patch:
-    """Where one level of a band of windows lies: which source rows and columns, how they overlap."""
+    """Where one level of a band of windows lies in its source, and how its windows overlap."""
 
     rows: tuple[tuple[int, int, int], ...]  # (start in the buffer, start in the source, length)
     cols: tuple[tuple[int, int, int], ...]
@@ -142,6 +144,13 @@ class _Band:
     def num_windows(self) -> int:
         return (self.last - self.first) * self.win_cols
 
+    def bias(self, bias: Tensor) -> Tensor:
+        """`[windows · heads, queries, keys]`, -inf where there is no key; shared by the images."""
+        full = bias.expand(self.num_windows, -1, -1, -1)
+        if self.excluded is not None:
+            full = full.masked_fill(self.excluded, -torch.inf)
+        return full.flatten(0, 1)
+
 
 @lru_cache(maxsize=256)
 def _bands(
@@ -205,7 +214,8 @@ def _make_band(
             _Patch(_runs(lines[0]), _runs(lines[1]), len(lines[0]), len(lines[1]), cells, region)
         )
         no_row, no_col = (axis < 0 for axis in axes)
-        excluded.append((no_row[:, None, :, None] | no_col[None, :, None, :]).flatten(2).flatten(0, 1))
+        outside = no_row[:, None, :, None] | no_col[None, :, None, :]
+        excluded.append(outside.flatten(2).flatten(0, 1))
     mask = torch.cat(excluded, dim=1)[:, None, None, :]  # [windows, 1, 1, keys]
     if shift:
         mask = mask.repeat(1, 1, geometry.num_queries, 1)
@@ -233,7 +243,7 @@ def _unroll(axis: Tensor, cells: int) -> list[int]:
 
 
 def _runs(line: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """Stretches of consecutive source coordinates: (start in ``line``, first coordinate, length)."""
+    """Runs of consecutive source coordinates: (start in ``line``, first coordinate, length)."""
     runs: list[tuple[int, int, int]] = []
     for place, source in enumerate(line):
         if source < 0:
@@ -257,9 +267,10 @@ class _Step:
         query: Tensor,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
+        bias: Tensor,
         geometry: FocalGeometry,
     ) -> None:
-        self.band, self.images, self.geometry = band, images, geometry
+        self.band, self.images, self.bias, self.geometry = band, images, bias, geometry
         self.query = self._gather([query], (band.queries,))
         self.key = self._gather(keys, band.levels)
         self.value = self._gather(values, band.levels)
@@ -284,17 +295,10 @@ class _Step:
         for part, patch, target in zip(parts, patches, maps, strict=True):
             patch.fold(part, target[self.images])
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """`[windows · heads, queries, keys]`, -inf where there is no key; shared by the images."""
-        full = bias.expand(self.band.num_windows, -1, -1, -1)
-        if self.band.excluded is not None:
-            full = full.masked_fill(self.band.excluded, -torch.inf)
-        return full.flatten(0, 1)
-
-    def weights(self, bias: Tensor, scale: float) -> Tensor:
+    def weights(self, scale: float) -> Tensor:
         """Attention weights before dropout, `[images, windows · heads, queries, keys]`."""
         score = (self.query * scale) @ self.key.mT
-        score += bias
+        score += self.bias
         weight = torch.softmax(score, dim=-1, out=score)
         return self.clear_no_key(weight)
 
@@ -320,16 +324,19 @@ def _steps(
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
+    bias: Tensor,
     geometry: FocalGeometry,
     map_size: tuple[int, int],
 ) -> Iterator[_Step]:
     batch, height, width, heads, _ = query.shape
+    bias = bias.to(query.dtype)
     for band in _bands(geometry, height, width, map_size, heads, query.device):
+        band_bias = band.bias(bias)
         scores = band.num_windows * heads * geometry.num_queries * geometry.num_keys
         count = max(1, _budget(query.device) // scores)
         for start in range(0, batch, count):
             images = slice(start, min(start + count, batch))
-            yield _Step(band, images, query, keys, values, geometry)
+            yield _Step(band, images, query, keys, values, band_bias, geometry)
 
 
 @torch.library.custom_op("focal::eager_attention", mutates_args=())
@@ -349,17 +356,15 @@ def _attention(
     geometry = decode_geometry(geometry_code)
     keys, values = [key, *coarse_keys], [value, *coarse_values]
     heads, num_windows = query.shape[3], _count_windows(geometry, query)
-    bias = bias.to(query.dtype)
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for step in _steps(query, keys, values, geometry, (map_size[0], map_size[1])):
-        dense = step.bias(bias)
+    for step in _steps(query, keys, values, bias, geometry, (map_size[0], map_size[1])):
         if dropout_seed is not None and dropout_p > 0.0:
-            weight = step.weights(dense, scale)
+            weight = step.weights(scale)
             weight *= step.keep(dropout_seed, dropout_p, num_windows, heads)
             windows = weight @ step.value
         else:
             windows = F.scaled_dot_product_attention(
-                step.query, step.key, step.value, dense[None], scale=scale
+                step.query, step.key, step.value, step.bias[None], scale=scale
             )
             windows = step.clear_no_key(windows)
         step.fold(windows, [out], (step.band.queries,))
@@ -401,11 +406,11 @@ def _attention_backward(
     grad_keys = [_zeros(x, sum_dtype) for x in keys]
     grad_values = [_zeros(x, sum_dtype) for x in values]
     grad_bias = torch.zeros_like(bias, dtype=sum_dtype)
-    for step in _steps(query, keys, values, geometry, (map_size[0], map_size[1])):
+    for step in _steps(query, keys, values, bias, geometry, (map_size[0], map_size[1])):
         queries = (step.band.queries,)
         d_out = step._gather([grad_out], queries)
         delta = (d_out * step._gather([out], queries)).sum(dim=-1, keepdim=True)
-        weight = step.weights(step.bias(bias.to(query.dtype)), scale)
+        weight = step.weights(scale)
         d_weight = d_out @ step.value.mT
         if dropout_seed is not None and dropout_p > 0.0:
             keep = step.keep(dropout_seed, dropout_p, num_windows, heads)
@@ -454,3 +459,13 @@ def _backward(ctx, grad_out):
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.focal.eager_attention)
+def _(query, key, value, bias, coarse_keys, coarse_values, code, *settings, out_shape):
+    return forward_flops(query, code)
+
+
+@register_flop_formula(torch.ops.focal.eager_attention_backward)
+def _(d_out, query, key, value, bias, coarse_keys, coarse_values, out, code, *settings, out_shape):
+    return backward_flops(query, code)

@@ -2,15 +2,16 @@
 
     out = softmax(scale · q kᵀ + bias + mask) v
 
-Layouts: q, k, v `[batch, height, width, heads, head_dim]` with any strides but a contiguous last axis
-(views of a fused qkv projection are read in place); the pooled maps of all coarse levels packed,
-`[batch, coarse_cells, heads, head_dim]`; out contiguous, as q; lse `[batch, windows, heads, m_pad]`.
+Layouts: q, k, v `[batch, height, width, heads, head_dim]` with any strides but a contiguous last
+axis (views of a fused qkv projection are read in place); the pooled maps of all coarse levels
+packed, `[batch, coarse_cells, heads, head_dim]`; out contiguous, as q; lse
+`[batch, windows, heads, m_pad]`.
 
-Grid: (windows · query blocks, heads, batch). A program walks over the keys of its window in canonical
-order, first the tiles that hold fine keys alone, then the rest, with an online softmax in base 2. The
-bias comes multiplied by log2(e) and padded to whole tiles with -inf, so that no score needs a mask
-for the tile's end. Saved for backward: lse, the base-2 logarithm of the sum of exponentials, +inf for
-a query without any key, so that backward finds its weights to be zero.
+Grid: (windows · query blocks, heads, batch). A program walks over the keys of its window in
+canonical order, first the tiles that hold fine keys alone, then the rest, with an online softmax in
+base 2. The bias comes multiplied by log2(e) and padded to whole tiles with -inf, so that no score
+needs a mask for the tile's end. Saved for backward: lse, the base-2 logarithm of the sum of
+exponentials, +inf for a query without any key, so that backward finds its weights to be zero.
 """
 
 import torch
@@ -126,7 +127,7 @@ def launch_forward(
     """Run the forward kernel.
 
     Args:
-        query: `[batch, height, width, heads, head_dim]`, last axis contiguous; so are key and value.
+        query: `[batch, height, width, heads, head_dim]`, last axis contiguous.
         key: as ``query``.
         value: as ``query``.
         bias: `[heads, window_size², num_keys]`.

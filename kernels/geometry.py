@@ -6,8 +6,8 @@ share one set of keys, gathered at several granularities. This file says which k
 holds no parameter and touches no feature, so the kernels, the oracle, the model, the tests and the
 plots all take their facts from here.
 
-Coordinates. A map of ``height × width`` tokens is first padded right and bottom to a multiple of the
-window, then read rolled by ``(-shift, -shift)``: row ``r`` of the rolled map is row
+Coordinates. A map of ``height × width`` tokens is first padded right and bottom to a multiple of
+the window, then read rolled by ``(-shift, -shift)``: row ``r`` of the rolled map is row
 ``(r + shift) % padded_height`` of the padded map. Windows, regions and pooled cells live in the
 rolled map.
 """
@@ -55,8 +55,8 @@ class FocalGeometry:
             one is made of the tokens themselves, so its ``subwindow_size`` is 1.
         boundary: What a fine key beyond the edge is. ``"wrap"``: the token on the opposite side, as
             in the released code. ``"mask"``: no key. Coarse keys beyond the edge are never keys.
-        shift: Tokens by which the map is rolled up and left before it is cut into windows; in-window
-            pairs from different sides of the seam are masked.
+        shift: Tokens by which the map is rolled up and left before it is cut into windows;
+            in-window pairs from different sides of the seam are masked.
 
     Raises:
         TypeError: A size is no integer, or a level is neither a `FocalLevel` nor a pair.
@@ -179,8 +179,8 @@ class FocalGeometry:
                 ``(height, width)`` if None. It matters under ``boundary="mask"`` alone.
 
         Returns:
-            int64 `[num_windows, num_keys]`, windows row-major, keys in canonical order. At level 0 an
-            entry is a flat index into the padded map (the roll of ``shift`` undone), at a coarse
+            int64 `[num_windows, num_keys]`, windows row-major, keys in canonical order. At level 0
+            an entry is a flat index into the padded map (the roll of ``shift`` undone), at a coarse
             level a flat index into that level's ``map_cells`` grid, and -1 where there is no key.
         """
         real = map_size or (height, width)
@@ -262,7 +262,7 @@ def _as_level(level: FocalLevel | Sequence[int]) -> FocalLevel:
 
 
 def _outer_index(rows: Tensor, cols: Tensor, stride: int) -> Tensor:
-    """Row-major combination of `[row_windows, m]` and `[col_windows, n]` coordinates; -1 spreads."""
+    """Row-major product of `[row_windows, m]` and `[col_windows, n]` coordinates; -1 spreads."""
     row = rows[:, None, :, None]
     col = cols[None, :, None, :]
     index = (row * stride + col).where((row >= 0) & (col >= 0), -1)
@@ -287,7 +287,7 @@ def index_tables(
 
 def encode_geometry(geometry: FocalGeometry) -> list[int]:
     """A geometry as plain integers, the only form that a registered operator can take."""
-    sizes = [size for level in geometry.levels for size in (level.subwindow_size, level.region_size)]
+    sizes = [n for level in geometry.levels for n in (level.subwindow_size, level.region_size)]
     return [geometry.window_size, geometry.shift, BOUNDARIES.index(geometry.boundary), *sizes]
 
 

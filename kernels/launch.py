@@ -225,7 +225,7 @@ class Problem:
         return levels
 
     def padded_bias(self, bias: Tensor) -> Tensor:
-        """`[heads, m_pad, n_pad]`, times log2(e), -inf beyond the last key: no tile needs a mask."""
+        """`[heads, m_pad, n_pad]`, times log2(e), -inf beyond the last key: tiles need no mask."""
         rows = self.shape.m_pad - self.geometry.num_queries
         cols = self.shape.n_pad - self.geometry.num_keys
         scaled = F.pad(bias.to(sum_dtype(self.dtype)) * LOG2E, (0, cols), value=-torch.inf)

@@ -1,7 +1,7 @@
 """The Triton backend as registered operators: fakes for tracing, autograd, FLOP counts.
 
-`custom_op` rather than `triton_op`: it traces, compiles and passes `opcheck` under the interpreter on
-a CPU as well (docs/decisions.md).
+`custom_op` rather than `triton_op`: it traces, compiles and passes `opcheck` under the interpreter
+on a CPU as well (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backward import launch_backward
 from kernels.coarse import PooledMap, Pooling
+from kernels.flops import backward_flops, forward_flops
 from kernels.forward import launch_forward
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
-from kernels.launch import PoolProblem, Problem
+from kernels.launch import PoolProblem, Problem, sum_dtype
 from kernels.pooling import launch_pool, launch_pool_backward
 
 __all__ = ["INTERPRETED", "focal_attention"]
@@ -159,13 +161,9 @@ def _backward_pool(ctx, grad_key, grad_value):
         grad_key, grad_value, *ctx.saved_tensors, *ctx.settings
     )
     # An offset is added to every cell of every image.
-    offsets = [
-        None if dtype is None else grad.sum(dim=(0, 1), dtype=torch.promote_types(dtype, grad.dtype))
-        for grad, dtype in zip((grad_key, grad_value), ctx.offset_dtypes, strict=True)
-    ]
     d_offsets = [
-        None if offset is None else offset.to(dtype)
-        for offset, dtype in zip(offsets, ctx.offset_dtypes, strict=True)
+        None if dtype is None else grad.sum(dim=(0, 1), dtype=sum_dtype(grad.dtype)).to(dtype)
+        for grad, dtype in zip((grad_key, grad_value), ctx.offset_dtypes, strict=True)
     ]
     return d_key, d_value, d_weight, *d_offsets, None, None
 
@@ -220,8 +218,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     problem = _problem(query, coarse_key, coarse_value, *settings)
-    maps = [_rows(x) for x in (grad_out, query, key, value)]
-    return launch_backward(*maps, bias, out, lse, problem)
+    grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
+    return launch_backward(grad_out, query, key, value, bias, out, lse, problem)
 
 
 @_attention_backward.register_fake
@@ -246,3 +244,13 @@ def _backward_attention(ctx, grad_out, _grad_lse):
 
 
 _attention.register_autograd(_backward_attention, setup_context=_setup_attention)
+
+
+@register_flop_formula(torch.ops.focal.attention)
+def _(query, key, value, bias, coarse_key, coarse_value, code, *settings, out_shape):
+    return forward_flops(query, code)
+
+
+@register_flop_formula(torch.ops.focal.attention_backward)
+def _(d_out, query, key, value, bias, coarse_key, coarse_value, out, lse, code, *rest, out_shape):
+    return backward_flops(query, code)

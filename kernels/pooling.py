@@ -3,13 +3,13 @@
     pooled[cell] = Σ_i weight_i · x[token i of the cell] + offset
 
 One weight per position of the sub-window, shared by all channels. Keys and values are pooled by the
-same program: they share weights and places. The pooled maps are a factor ``subwindow_size²`` smaller
-than the map, so they are written once and every window that attends a cell reads them.
+same program: they share weights and places. The pooled maps are a factor ``subwindow_size²``
+smaller than the map, so they are written once and every window that attends a cell reads them.
 
-Layouts: k, v `[batch, height, width, heads, head_dim]` with a contiguous last axis, zero beyond their
-storage; pooled `[batch, cells, heads, head_dim]`, cells of the rolled, padded map row-major. Grid:
-(cell tiles, heads, batch). Backward gives each program the tokens under its cells, so that no two
-write the same place; gradients of the weights are summed per program and then over programs.
+Layouts: k, v `[batch, height, width, heads, head_dim]` with a contiguous last axis, zero beyond
+their storage; pooled `[batch, cells, heads, head_dim]`, cells of the rolled, padded map row-major.
+Grid: (cell tiles, heads, batch). Backward gives each program the tokens under its cells, so that no
+two write the same place; gradients of the weights are summed per program and then over programs.
 """
 
 import torch
@@ -48,8 +48,10 @@ def pool_kernel(
     for i in range(SUB * SUB):
         weight = tl.load(weight_ptr + i).to(ACC_TYPE)
         row, col, stored = locate_token(cell, exists, i, size, S, SUB)
-        acc_k += weight * load_rows(token_rows(key, batch, row, col, head), stored, S).to(ACC_TYPE)
-        acc_v += weight * load_rows(token_rows(value, batch, row, col, head), stored, S).to(ACC_TYPE)
+        k = load_rows(token_rows(key, batch, row, col, head), stored, S)
+        v = load_rows(token_rows(value, batch, row, col, head), stored, S)
+        acc_k += weight * k.to(ACC_TYPE)
+        acc_v += weight * v.to(ACC_TYPE)
     target = ((batch.to(tl.int64) * num_cells + cell) * size.num_heads + head) * S.head_dim
     store_rows(pooled_k_ptr + target, acc_k, exists, S)
     store_rows(pooled_v_ptr + target, acc_v, exists, S)
@@ -57,7 +59,8 @@ def pool_kernel(
 
 @triton.jit
 def pool_backward_kernel(
-    key, value, weight_ptr, grad_k_ptr, grad_v_ptr, out_k_ptr, out_v_ptr, partial_ptr, size, num_cells,
+    key, value, weight_ptr, grad_k_ptr, grad_v_ptr, out_k_ptr, out_v_ptr, partial_ptr, size,
+    num_cells,
     S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tokens under one tile of cells, and this tile's part of the weights'.

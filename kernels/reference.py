@@ -34,7 +34,7 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
-    batch, height, width, heads, _ = query.shape
+    height, width = query.shape[1:3]
     query_index, key_index, seam = index_tables(geometry, height, width, map_size, query.device)
     query, key, value = (pad_to_windows(x, geometry) for x in (query, key, value))
 

@@ -93,8 +93,8 @@ def locate_queries(m, win_row, win_col, size, S: tl.constexpr):
 def locate_fine(row, col, size, S: tl.constexpr):
     """Stored row and column of fine keys at a row and column that may lie beyond the edge.
 
-    Returns ``(row, col, stored, valid)``: ``stored`` where memory holds the token, ``valid`` where it
-    is a key. Under "wrap" padding is a key of zeros; under "mask" it is none.
+    Returns ``(row, col, stored, valid)``: ``stored`` where memory holds the token, ``valid`` where
+    it is a key. Under "wrap" padding is a key of zeros; under "mask" it is none.
     """
     if S.wrap:
         # The remainder has the sign of its left side: add a period and take it again.
@@ -113,7 +113,7 @@ def locate_fine(row, col, size, S: tl.constexpr):
 
 @triton.jit
 def cell_is_key(cell, pad_side, map_side, SUB: tl.constexpr, S: tl.constexpr):
-    """Whether a row or column of cells is a key: on the map and, under "mask", not padding alone."""
+    """Whether a row or column of cells holds keys: on the map, and not padding under "mask"."""
     valid = (cell >= 0) & (cell < pad_side // SUB)
     if not S.wrap:
         first = unroll(cell * SUB, pad_side, S)

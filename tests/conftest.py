@@ -1,7 +1,6 @@
 """Test session settings: Triton's interpreter, so that the real kernels run on a CPU."""
 
 import os
-from collections.abc import Iterator
 
 import torch
 
@@ -56,6 +55,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> Iterator[None]:
+def _fixed_seed() -> None:
     torch.manual_seed(0)
-    yield
