@@ -198,7 +198,7 @@ def _fit(
         if saved.shape == tensor.shape:
             fitted[name] = saved
             continue
-        window = state_dict.get(re.sub(r"\.bias\.ring$", ".bias.window", name), saved)
+        window = state_dict.get(re.sub(r"\.bias\.ring$", ".bias.window", name))
         resized = resize_parameter(name, saved, tensor.shape, window)
         if resized is not None:
             fitted[name] = resized

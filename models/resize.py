@@ -19,14 +19,17 @@ from models.layers import resize_map
 __all__ = ["resize_parameter"]
 
 
-def resize_parameter(name: str, tensor: Tensor, shape: torch.Size, window: Tensor) -> Tensor | None:
+def resize_parameter(
+    name: str, tensor: Tensor, shape: torch.Size, window: Tensor | None
+) -> Tensor | None:
     """``tensor`` for a model whose parameter ``name`` has ``shape``.
 
     Args:
         name: One of our parameter names.
         tensor: The parameter as saved.
         shape: The shape to come to.
-        window: The window table of the same block as saved, which completes a ring.
+        window: The window table of the same block as saved, which completes a ring; None if there
+            is none.
 
     Returns:
         The resampled parameter, or None where it differs by more than a window, region or map size.
@@ -41,8 +44,11 @@ def resize_parameter(name: str, tensor: Tensor, shape: torch.Size, window: Tenso
     if ".attn.bias." not in name or tensor.shape[0] != shape[0]:
         return None
     if name.endswith(".ring"):
-        return _resize_ring(x, window.to(x), shape)
-    return _resample(x.unflatten(1, (isqrt(x.shape[1]), -1)), isqrt(shape[1])).flatten(1)
+        return None if window is None else _resize_ring(x, window.to(x), shape)
+    side = isqrt(x.shape[1])
+    if side**2 != x.shape[1]:
+        return None
+    return _resample(x.unflatten(1, (side, side)), isqrt(shape[1])).flatten(1)
 
 
 def _resample(planes: Tensor, side: int) -> Tensor:
@@ -58,11 +64,13 @@ def _resize_pool(weight: Tensor, shape: torch.Size) -> Tensor | None:
     return planes * (weight.shape[-1] / shape[-1]) ** 2
 
 
-def _resize_ring(ring: Tensor, window_table: Tensor, shape: torch.Size) -> Tensor:
+def _resize_ring(ring: Tensor, window_table: Tensor, shape: torch.Size) -> Tensor | None:
     """A ring for another window or expansion: fill in the window, resample, take the ring out."""
     heads = ring.shape[0]
     old_window, old_region = _ring_sides(ring.shape)
     window, region = _ring_sides(shape)
+    if window_table.shape != (heads, (2 * old_window - 1) ** 2):
+        return None
     inner = _inner(old_window, old_region)
     fine = ring.new_empty(heads, old_window**2, old_region**2)
     fine[:, :, ~inner] = ring

@@ -71,7 +71,7 @@ def _create(
     variant: str, pretrained: bool, sizes: dict[str, Any], options: dict[str, Any]
 ) -> FocalTransformer:
     """Build a variant through timm; ``options`` are the user's and go before ``sizes``."""
-    weights = (options.get("pretrained_cfg_overlay") or {}).get("file")
+    weights: str = (options.get("pretrained_cfg_overlay") or {}).get("file", "")
     if pretrained and not weights:
         raise ValueError(
             f"pretrained must be False for {variant}: its released weights no longer download. To "

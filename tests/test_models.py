@@ -1,11 +1,13 @@
-"""The model behind timm's interface: shapes, sizes at run time, features, groups, training modes."""
+"""The model behind timm's interface: sizes at run time, features, groups, training modes."""
 
+from typing import Any
+
+import pytest
 import timm
 import torch
 from timm.models._manipulate import group_parameters
 
 import models  # noqa: F401  registers the variants
-import pytest
 from models import FocalTransformer
 
 VARIANTS = [
@@ -13,9 +15,9 @@ VARIANTS = [
 ]
 
 
-def small_model(**options) -> FocalTransformer:
+def small_model(**options: Any) -> Any:
     """Two stages on a 20×28 map, then 10×14, in float64 and evaluation mode."""
-    settings = {
+    settings: dict[str, Any] = {
         "img_size": (40, 56),
         "patch_size": 2,
         "num_classes": 5,
@@ -40,12 +42,13 @@ def image(height: int = 40, width: int = 56, batch: int = 2, seed: int = 1) -> t
 def test_every_variant_is_registered_with_timm(name):
     assert timm.is_model(name)
     config = timm.get_pretrained_cfg(name)
+    assert config is not None
     assert config.classifier == "head.fc"
     assert config.first_conv == "patch_embed.proj"
 
 
 def test_create_model_takes_the_settings_of_the_contract():
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "focal_tiny", num_classes=10, img_size=112, depths=(1, 1, 1, 1), attention_backend="auto"
     )
     assert model.map_sizes == ((28, 28), (14, 14), (7, 7), (3, 3))
@@ -66,7 +69,7 @@ def test_pretrained_weights_are_taken_from_a_file(tmp_path):
     saved = timm.create_model("focal_micro", num_classes=3)
     path = tmp_path / "weights.pt"
     torch.save(saved.state_dict(), path)
-    model = timm.create_model(
+    model: Any = timm.create_model(
         "focal_micro", num_classes=3, pretrained=True, pretrained_cfg_overlay={"file": str(path)}
     )
     for name, tensor in saved.state_dict().items():
@@ -145,7 +148,7 @@ def test_backends_agree_and_every_parameter_gets_a_gradient(options):
 
 
 def test_features_only_gives_the_stages_asked_for_channels_first():
-    model = timm.create_model("focal_micro", features_only=True, out_indices=(1, 3))
+    model: Any = timm.create_model("focal_micro", features_only=True, out_indices=(1, 3))
     maps = model.eval()(torch.randn(2, 3, 70, 61))
     assert [tuple(x.shape) for x in maps] == [(2, 64, 8, 7), (2, 256, 2, 1)]
     assert model.feature_info.channels() == [64, 256]
@@ -153,7 +156,7 @@ def test_features_only_gives_the_stages_asked_for_channels_first():
 
 
 def test_features_only_drops_the_stages_behind_the_last_one():
-    model = timm.create_model("focal_micro", features_only=True, out_indices=(0, 1))
+    model: Any = timm.create_model("focal_micro", features_only=True, out_indices=(0, 1))
     assert not any(name.startswith("model.layers.2") for name, _ in model.named_parameters())
     assert [x.shape[1] for x in model.eval()(torch.randn(1, 3, 56, 56))] == [32, 64]
 
@@ -285,7 +288,7 @@ def test_saved_state_holds_parameters_alone():
 
 
 def test_initial_weights_follow_the_released_initialisation():
-    model = timm.create_model("focal_micro")
+    model: Any = timm.create_model("focal_micro")
     attn = model.layers[0].blocks[0].attn
     assert attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert attn.bias.ring.std().item() == pytest.approx(0.02, rel=0.1)

@@ -1,23 +1,30 @@
 """The attention module: bias assembly, pooling before or after the projection, padding."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch.nn import functional as F
 
-import pytest
-from kernels import FocalGeometry, PooledMap, focal_attention
+from kernels import FocalGeometry, FocalLevel, PooledMap, focal_attention
 from models.bias import FocalBias
 from models.focal_attention import FocalAttention
 
+
+def geometry_of(window_size: int, *levels: tuple[int, int], **options: Any) -> FocalGeometry:
+    return FocalGeometry(window_size, tuple(FocalLevel(*level) for level in levels), **options)
+
+
 GEOMETRIES = [
-    FocalGeometry(3, ((1, 3),)),
-    FocalGeometry(4, ((1, 8), (4, 5))),
-    FocalGeometry(4, ((1, 4), (4, 3))),
-    FocalGeometry(4, ((1, 8), (2, 6), (4, 3))),
-    FocalGeometry(4, ((1, 6), (2, 4), (4, 1), (1, 4))),
+    geometry_of(3, (1, 3)),
+    geometry_of(4, (1, 8), (4, 5)),
+    geometry_of(4, (1, 4), (4, 3)),
+    geometry_of(4, (1, 8), (2, 6), (4, 3)),
+    geometry_of(4, (1, 6), (2, 4), (4, 1), (1, 4)),
 ]
 
 
-def module(geometry: FocalGeometry, dim: int = 6, num_heads: int = 2, **options) -> FocalAttention:
+def module(geometry: FocalGeometry, dim: int = 6, num_heads: int = 2, **options: Any) -> Any:
     torch.manual_seed(0)
     attn = FocalAttention(dim, num_heads, geometry, backend="reference", **options).double()
     generator = torch.Generator().manual_seed(1)
@@ -34,7 +41,7 @@ def features(height: int, width: int, dim: int = 6) -> torch.Tensor:
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_dense_bias_takes_each_pair_from_its_table(geometry):
-    bias = FocalBias(geometry, num_heads=2).double()
+    bias: Any = FocalBias(geometry, num_heads=2).double()
     for seed, table in enumerate(bias.parameters()):
         table.data = torch.randn(
             table.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -69,7 +76,7 @@ def test_dense_bias_takes_each_pair_from_its_table(geometry):
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 10), (3, 5)])
 def test_fc_pooling_equals_pooling_features_before_the_projection(height, width, shift, qkv_bias):
-    geometry = FocalGeometry(4, ((1, 8), (2, 6), (4, 3)), shift=shift)
+    geometry = geometry_of(4, (1, 8), (2, 6), (4, 3), shift=shift)
     attn = module(geometry, qkv_bias=qkv_bias)
     x = features(height, width)
     rows, cols = geometry.padded_size(height, width)
@@ -92,7 +99,7 @@ def test_fc_pooling_equals_pooling_features_before_the_projection(height, width,
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("boundary", ["wrap", "mask"])
 def test_conv_pooling_with_equal_channels_is_fc_pooling(shift, boundary):
-    geometry = FocalGeometry(4, ((1, 8), (2, 6), (4, 3)), boundary, shift)
+    geometry = geometry_of(4, (1, 8), (2, 6), (4, 3), boundary=boundary, shift=shift)
     fc, conv = module(geometry, pool="fc"), module(geometry, pool="conv")
     for scalar, depthwise in zip(fc.pools, conv.pools, strict=True):
         depthwise.weight.data = scalar.weight.data.expand_as(depthwise.weight).clone()
@@ -105,7 +112,7 @@ def test_conv_pooling_with_equal_channels_is_fc_pooling(shift, boundary):
 
 
 def test_mean_pooling_is_fc_pooling_at_its_start():
-    geometry = FocalGeometry(4, ((1, 8), (4, 3)))
+    geometry = geometry_of(4, (1, 8), (4, 3))
     mean, fc = module(geometry, pool="mean"), module(geometry, pool="fc")
     fc.load_state_dict(mean.state_dict(), strict=False)
     fc.pools[0].weight.data.fill_(1 / 16)
@@ -115,7 +122,7 @@ def test_mean_pooling_is_fc_pooling_at_its_start():
 
 
 def test_max_pooling_takes_the_largest_feature_of_a_subwindow():
-    geometry = FocalGeometry(2, ((1, 2), (2, 3)))
+    geometry = geometry_of(2, (1, 2), (2, 3))
     attn = module(geometry, pool="max")
     x = features(4, 4)
     blocks = x.reshape(2, 2, 2, 2, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(2, 2, 2, 4, 6)
@@ -134,9 +141,9 @@ def test_max_pooling_takes_the_largest_feature_of_a_subwindow():
 
 
 def test_masked_borders_hide_the_padding_of_a_ragged_map():
-    # Window-only and fine keys: under "mask" a window sees real tokens alone, so a plain softmax over
-    # the tokens of the corner window, cut off at the map's edge, gives the same.
-    geometry = FocalGeometry(4, ((1, 4),), "mask")
+    # Window-only and fine keys: under "mask" a window sees real tokens alone, so a plain softmax
+    # over the tokens of the corner window, cut off at the map's edge, gives the same.
+    geometry = geometry_of(4, (1, 4), boundary="mask")
     attn = module(geometry)
     x = features(6, 5)
     corner = x[:, 4:6, 4:5]
@@ -148,7 +155,7 @@ def test_masked_borders_hide_the_padding_of_a_ragged_map():
 
 
 def test_wrapped_borders_attend_the_projected_padding():
-    geometry = FocalGeometry(4, ((1, 4),), "wrap")
+    geometry = geometry_of(4, (1, 4), boundary="wrap")
     attn = module(geometry)
     x = features(4, 3)
     whole = attn(F.pad(x, (0, 0, 0, 1)))
@@ -156,12 +163,12 @@ def test_wrapped_borders_attend_the_projected_padding():
 
 
 def test_query_key_and_value_reach_the_operator_as_views(monkeypatch):
-    seen = []
+    seen: list[torch.Tensor] = []
 
     def spy(query, key, value, *args, **kwargs):
         seen.extend((query, key, value))
         return focal_attention(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr("models.focal_attention.focal_attention", spy)
-    module(FocalGeometry(4, ((1, 8), (4, 3))))(features(8, 8))
+    module(geometry_of(4, (1, 8), (4, 3)))(features(8, 8))
     assert len({x.untyped_storage().data_ptr() for x in seen}) == 1

@@ -1,8 +1,11 @@
 """From settings to the geometry of each stage, and the errors of settings that do not fit."""
 
-import timm
+from typing import Any
 
 import pytest
+import timm
+import torch
+
 from kernels import FocalGeometry
 from models import FocalTransformer
 
@@ -63,8 +66,6 @@ def test_the_full_form_keeps_its_windows_on_small_maps():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_one_to_four_levels_run(count):
-    import torch
-
     given = [(1, 14), (2, 8), (4, 6), (8, 3)][:count]
     model = FocalTransformer(
         img_size=32,
@@ -89,7 +90,7 @@ def test_only_odd_blocks_of_stages_with_several_windows_are_shifted():
 
 
 def test_settings_of_a_variant_can_be_overridden():
-    model = timm.create_model("focal_micro", window_size=4, expand_size=2, boundary="mask")
+    model: Any = timm.create_model("focal_micro", window_size=4, expand_size=2, boundary="mask")
     assert levels(model.geometries[0][0]) == [(1, 8), (4, 7)]
     assert model.geometries[0][0].boundary == "mask"
 
