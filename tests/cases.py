@@ -1,0 +1,287 @@
+"""Cases of the operator, shared by the tests: inputs, layouts, and runs that give every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import FocalGeometry, FocalLevel, PooledMap, Pooling, focal_attention
+from kernels.api import TRITON_INSTALLED
+
+INTERPRETED = False
+if TRITON_INSTALLED:
+    from kernels.ops import INTERPRETED
+
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="Triton kernels run on CPU tensors under TRITON_INTERPRET=1 alone"
+)
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the operator; ``ready`` coarse levels come as `PooledMap`, the rest as `Pooling`."""
+
+    name: str
+    window: int
+    levels: tuple[tuple[int, int], ...]
+    height: int
+    width: int
+    heads: int = 2
+    head_dim: int = 4
+    batch: int = 2
+    boundary: str = "wrap"
+    shift: int = 0
+    map_size: tuple[int, int] | None = None
+    ready: tuple[int, ...] = ()
+    offsets: bool = True
+    dropout_p: float = 0.0
+
+    @property
+    def geometry(self) -> FocalGeometry:
+        return FocalGeometry(self.window, self.levels, self.boundary, self.shift)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch, self.height, self.width, self.heads, self.head_dim)
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+def case_id(case: Case) -> str:
+    return str(case)
+
+
+# Odd on purpose: height ≠ width, no multiple of the window, maps smaller than a window, one head, one
+# to four levels, no ring, batch 1, both boundaries, with and without shift, a padded map.
+ODD_CASES = (
+    Case("two levels", 3, ((1, 5), (3, 3)), 7, 5),
+    Case("two levels shifted", 3, ((1, 5), (3, 3)), 7, 8, shift=1),
+    Case("two levels masked", 3, ((1, 5), (3, 3)), 5, 7, boundary="mask"),
+    Case("masked and shifted", 4, ((1, 6), (2, 4)), 6, 9, boundary="mask", shift=2),
+    Case("window alone", 4, ((1, 4),), 6, 5, heads=1, batch=1),
+    Case("window alone shifted", 4, ((1, 4),), 8, 4, shift=2, heads=3),
+    Case("ring alone", 2, ((1, 4),), 5, 3, offsets=False),
+    Case("no ring", 4, ((1, 4), (4, 3)), 5, 9, batch=1),
+    Case("three levels", 4, ((1, 8), (2, 6), (4, 5)), 9, 6, heads=1),
+    Case("four levels", 4, ((1, 6), (1, 8), (2, 4), (4, 3)), 6, 5, shift=2, batch=1),
+    Case("map smaller than the window", 7, ((1, 13), (7, 3)), 3, 5),
+    Case("masked map smaller than the window", 7, ((1, 13), (7, 3)), 5, 3, boundary="mask"),
+    Case("one pixel", 7, ((1, 13), (7, 3)), 1, 1, heads=1, batch=1),
+    Case("one pixel masked and shifted", 5, ((1, 7), (5, 3)), 1, 1, boundary="mask", shift=2),
+    Case("window of one token", 1, ((1, 3), (1, 1)), 3, 2, heads=1),
+    Case("region reaches two windows", 2, ((1, 8), (2, 5)), 5, 7),
+    Case("region reaches two windows masked", 2, ((1, 8), (1, 4)), 5, 6, boundary="mask", shift=1),
+    Case("keys repeat", 3, ((1, 11), (3, 3)), 3, 5, shift=2, heads=1),
+    Case("padded by the caller", 3, ((1, 5), (3, 3)), 6, 9, boundary="mask", map_size=(5, 4)),
+    Case(
+        "padded and shifted", 4, ((1, 6), (4, 3)), 8, 9, boundary="mask", shift=2, map_size=(3, 5)
+    ),
+    Case("padded under wrap", 3, ((1, 5), (3, 1)), 6, 6, map_size=(4, 5), shift=1),
+    Case("ready-made maps", 4, ((1, 6), (2, 4)), 7, 5, ready=(1,), shift=1),
+    Case("ready-made among pooled maps", 4, ((1, 6), (2, 4), (4, 3)), 7, 5, ready=(2,)),
+    Case("long thin map", 3, ((1, 5), (3, 5)), 1, 11, boundary="mask"),
+)
+ODD = pytest.mark.parametrize("case", ODD_CASES, ids=case_id)
+
+
+@st.composite
+def geometries(draw: Callable, largest_window: int = 5) -> FocalGeometry:
+    """Every geometry with a window up to ``largest_window`` and regions up to twice as wide and 2."""
+    window = draw(st.integers(1, largest_window))
+    divisors = [sub for sub in range(1, window + 1) if window % sub == 0]
+    subs = [1, *draw(st.lists(st.sampled_from(divisors), max_size=3))]
+    levels = []
+    for sub in subs:
+        cells = window // sub
+        levels.append(FocalLevel(sub, cells + 2 * draw(st.integers(0, cells // 2 + 1))))
+    return FocalGeometry(
+        window,
+        tuple(levels),
+        draw(st.sampled_from(("wrap", "mask"))),
+        draw(st.integers(0, window - 1)),
+    )
+
+
+@st.composite
+def cases(draw: Callable, largest_window: int = 4, largest_side: int = 9) -> Case:
+    """Small calls of the operator over all geometries."""
+    geometry = draw(geometries(largest_window))
+    height, width = (draw(st.integers(1, largest_side)) for _ in range(2))
+    padded = draw(st.booleans())
+    coarse = range(1, len(geometry.levels))
+    return Case(
+        "drawn",
+        geometry.window_size,
+        tuple((level.subwindow_size, level.region_size) for level in geometry.levels),
+        height,
+        width,
+        heads=draw(st.integers(1, 2)),
+        head_dim=draw(st.sampled_from((1, 3))),
+        batch=draw(st.integers(1, 2)),
+        boundary=geometry.boundary,
+        shift=geometry.shift,
+        map_size=(draw(st.integers(1, height)), draw(st.integers(1, width))) if padded else None,
+        ready=tuple(level for level in coarse if draw(st.booleans())),
+        offsets=draw(st.booleans()),
+    )
+
+
+def make_tensors(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensors:
+    """Random tensors of a case, by name, rounded to ``dtype``; leaves that ask for gradients."""
+    generator = torch.Generator().manual_seed(1)
+    geometry = case.geometry
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(device=device, dtype=dtype).requires_grad_()
+
+    tensors = {name: normal(*case.shape) for name in ("query", "key", "value")}
+    tensors["bias"] = normal(case.heads, geometry.num_queries, geometry.num_keys)
+    for level, spec in enumerate(geometry.levels[1:], start=1):
+        if level in case.ready:
+            cells = geometry.map_cells(level, case.height, case.width)
+            for which in ("key", "value"):
+                shape = (case.batch, *cells, case.heads, case.head_dim)
+                tensors[f"coarse_{which}_{level}"] = normal(*shape)
+            continue
+        tensors[f"weight_{level}"] = normal(spec.subwindow_size, spec.subwindow_size)
+        if case.offsets:
+            for which in ("key", "value"):
+                tensors[f"{which}_offset_{level}"] = normal(case.heads, case.head_dim)
+    return tensors
+
+
+def make_pooling(case: Case, tensors: Tensors) -> list[Pooling | PooledMap]:
+    """The ``pooling`` argument of a case."""
+    entries: list[Pooling | PooledMap] = []
+    for level in range(1, len(case.levels)):
+        if level in case.ready:
+            entries.append(
+                PooledMap(tensors[f"coarse_key_{level}"], tensors[f"coarse_value_{level}"])
+            )
+        else:
+            entries.append(
+                Pooling(
+                    tensors[f"weight_{level}"],
+                    tensors.get(f"key_offset_{level}"),
+                    tensors.get(f"value_offset_{level}"),
+                )
+            )
+    return entries
+
+
+def attend(case: Case, tensors: Tensors, backend: str, **options) -> Tensor:
+    """The operator's output for a case."""
+    if case.dropout_p:
+        seed = torch.tensor([1234], device=tensors["query"].device)
+        options = {"dropout_p": case.dropout_p, "dropout_seed": seed, **options}
+    return focal_attention(
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        tensors["bias"],
+        geometry=case.geometry,
+        pooling=make_pooling(case, tensors),
+        map_size=case.map_size,
+        backend=backend,
+        **options,
+    )
+
+
+def fused(tensors: Tensors) -> Tensors:
+    """The same values with query, key and value as views of one projection."""
+    qkv = torch.stack([tensors[name] for name in ("query", "key", "value")], dim=3)
+    return {**tensors, **dict(zip(("query", "key", "value"), qkv.unbind(3), strict=True))}
+
+
+def heads_first(tensors: Tensors) -> Tensors:
+    """The same values with every map laid out `[batch, heads, height, width, head_dim]`."""
+    return _laid_out(tensors, (0, 3, 1, 2, 4), (0, 2, 3, 1, 4))
+
+
+def channels_first(tensors: Tensors) -> Tensors:
+    """The same values laid out `[batch, heads, head_dim, height, width]`: the last axis is strided."""
+    return _laid_out(tensors, (0, 3, 4, 1, 2), (0, 3, 4, 1, 2))
+
+
+def _laid_out(tensors: Tensors, there: Sequence[int], back: Sequence[int]) -> Tensors:
+    return {
+        name: x.permute(*there).contiguous().permute(*back)
+        if x.dim() == 5
+        else x.mT.contiguous().mT
+        for name, x in tensors.items()
+    }
+
+
+def random_gradient(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn(case.shape, generator=generator, dtype=torch.float64)
+    return gradient.to(device=device, dtype=dtype)
+
+
+def run(
+    case: Case,
+    tensors: Tensors,
+    backend: str,
+    grad_out: Tensor,
+    layout: Callable[[Tensors], Tensors] = dict,
+    **options,
+) -> Tensors:
+    """The output (``"out"``) and the gradient of every tensor of a case."""
+    out = attend(case, layout(tensors), backend, **options)
+    names = list(tensors)
+    grads = torch.autograd.grad(out, [tensors[name] for name in names], grad_out)
+    return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_same(got: Tensors, expected: Tensors, tolerance: float = 1e-10) -> None:
+    """Every tensor within ``tolerance``, and none missing."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            got[name],
+            tensor,
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@dataclass
+class Precision:
+    """Errors of a backend against the oracle in float64, beside the oracle's own at that precision."""
+
+    case: Case
+    dtype: torch.dtype
+    backend: str
+    device: str = "cpu"
+    bias_dtype: torch.dtype | None = None
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """The largest and the mean error of each tensor are at most twice the plain ones."""
+        tensors = make_tensors(self.case, self.dtype, self.device)
+        if self.bias_dtype is not None:
+            tensors["bias"] = tensors["bias"].detach().to(self.bias_dtype).requires_grad_()
+        gradient = random_gradient(self.case, self.dtype, self.device)
+        exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        expected = run(self.case, exact, "reference", gradient.double())
+        plain = run(self.case, tensors, "reference", gradient)
+        got = run(self.case, tensors, self.backend, gradient)
+        for name, tensor in expected.items():
+            assert got[name].dtype == (self.dtype if name == "out" else tensors[name].dtype)
+            error = (got[name].double() - tensor).abs()
+            bound = (plain[name].double() - tensor).abs()
+            for kind in ("max", "mean"):
+                ratio = getattr(error, kind)().item() / (getattr(bound, kind)().item() + 1e-300)
+                self.worst[f"{name} {kind}"] = ratio
+        beyond = {name: ratio for name, ratio in self.worst.items() if not ratio <= 2.0}
+        assert not beyond, f"times the plain error: {beyond}"
