@@ -45,17 +45,18 @@ BIAS_PROGRAMS = 1024
 def score_gradient(
     n, q, do, lse, delta, m, query_side, bias_rows, row_id, seed_ptr,
     batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE_ONLY: tl.constexpr,
+    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """``dS`` `[BLOCK_M, BLOCK_N]` of one tile of keys, and the keys."""
     k, v, valid, side = key_tile(
-        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, FINE_ONLY
-    )
+        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S,
+        FINE, COARSE,
+    )  # fmt: skip
     score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=lse.dtype)
     bias = tl.load(bias_rows[:, None] + n[None, :])
     score = score * S.score_factor + bias.to(lse.dtype)
     score = exclude(
-        score, query_side[:, None], side[None, :], valid[None, :], S, FINE_ONLY and S.wrap
+        score, query_side[:, None], side[None, :], valid[None, :], S, S.wrap and not COARSE, FINE
     )
     weight = tl.exp2(score - lse[:, None])
     d_weight = tl.dot(do, tl.trans(v), input_precision=S.precision, out_dtype=lse.dtype)
@@ -101,18 +102,26 @@ def query_gradient_kernel(
 
     acc = tl.zeros([BLOCK_M, S.block_d], dtype=ACC_TYPE)
     FINE_END: tl.constexpr = S.region * S.region // BLOCK_N * BLOCK_N
+    MIXED_END: tl.constexpr = (S.region * S.region + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for start in range(0, FINE_END, BLOCK_N):
         ds, k = score_gradient(
             start + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
             seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, True,
+            S, True, False,
         )  # fmt: skip
         acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
-    for start in range(FINE_END, S.n_pad, BLOCK_N):
+    if MIXED_END > FINE_END:
+        ds, k = score_gradient(
+            FINE_END + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
+            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            S, True, True,
+        )  # fmt: skip
+        acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
+    for start in range(MIXED_END, S.n_pad, BLOCK_N):
         ds, k = score_gradient(
             start + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
             seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, False,
+            S, False, True,
         )  # fmt: skip
         acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
 
@@ -158,7 +167,7 @@ def bias_gradient_kernel(
         )
         ds, _ = score_gradient(
             n, q, do, lse, delta, m, query_side, bias_rows, row_id, seed_ptr, batch, head,
-            win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, False,
+            win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, True, True,
         )  # fmt: skip
         acc += ds
     rows = (group.to(tl.int64) * size.num_heads + head) * S.m_pad + m
@@ -257,7 +266,7 @@ def key_gradient_kernel(
                         win_row * S.window + m // S.window,
                         win_col * S.window + m % S.window, size, S,
                     )  # fmt: skip
-                    score = exclude(score, query_side[None, :], side[:, None], True, S, True)
+                    score = exclude(score, query_side[None, :], side[:, None], True, S, True, True)
                 weight = tl.exp2(score - lse[None, :])
                 d_weight = tl.dot(v, tl.trans(do), input_precision=S.precision, out_dtype=ACC_TYPE)
                 kept = weight

@@ -38,17 +38,18 @@ __all__ = ["forward_kernel", "launch_forward"]
 def attend_tile(
     n, acc, peak, total, q, m, query_side, bias_rows, row_id, seed_ptr,
     batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE_ONLY: tl.constexpr,
+    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of keys into the running softmax; returns the new ``(acc, peak, total)``."""
     k, v, valid, side = key_tile(
-        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, FINE_ONLY
-    )
+        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S,
+        FINE, COARSE,
+    )  # fmt: skip
     score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=acc.dtype)
     bias = tl.load(bias_rows[:, None] + n[None, :])  # [BLOCK_M, BLOCK_N], padded: needs no mask
     score = score * S.score_factor + bias.to(acc.dtype)
     score = exclude(
-        score, query_side[:, None], side[None, :], valid[None, :], S, FINE_ONLY and S.wrap
+        score, query_side[:, None], side[None, :], valid[None, :], S, S.wrap and not COARSE, FINE
     )
     new_peak = tl.maximum(peak, tl.max(score, axis=1))
     # A row without any key so far has peak -inf: subtract 0 there, for -inf - -inf is NaN.
@@ -94,21 +95,26 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], -float("inf"), dtype=ACC_TYPE)
     total = tl.zeros([BLOCK_M], dtype=ACC_TYPE)
 
-    # -- level 0, in whole tiles
+    # -- level 0, in whole tiles; the tile where it ends; the coarse levels
     FINE_END: tl.constexpr = S.region * S.region // BLOCK_N * BLOCK_N
+    MIXED_END: tl.constexpr = (S.region * S.region + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for start in range(0, FINE_END, BLOCK_N):
         acc, peak, total = attend_tile(
-            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows,
-            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
-            size, S, True,
+            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
+            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            S, True, False,
         )  # fmt: skip
-
-    # -- the rest of level 0, and the coarse levels
-    for start in range(FINE_END, S.n_pad, BLOCK_N):
+    if MIXED_END > FINE_END:
         acc, peak, total = attend_tile(
-            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows,
-            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
-            size, S, False,
+            FINE_END + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
+            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            S, True, True,
+        )  # fmt: skip
+    for start in range(MIXED_END, S.n_pad, BLOCK_N):
+        acc, peak, total = attend_tile(
+            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
+            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            S, False, True,
         )  # fmt: skip
 
     # -- finish and store

@@ -152,6 +152,7 @@ class Problem:
             num_keys=geometry.num_keys,
             shift=geometry.shift,
             wrap=geometry.boundary == "wrap",
+            one_period=geometry.margin(0) + geometry.shift <= min(self.size.pad_h, self.size.pad_w),
             head_dim=head_dim,
             block_d=padded_head_dim(head_dim),
             m_pad=_round_up(geometry.num_queries, tile.block_m),

@@ -52,6 +52,7 @@ class Shape(NamedTuple):
     num_keys: int
     shift: int
     wrap: bool
+    one_period: bool  # no key lies further than one map beyond the edge
     head_dim: int
     block_d: int  # head_dim rounded up to a power of two, at least 16
     m_pad: int  # queries of a window, rounded up to whole tiles
@@ -90,6 +91,17 @@ def locate_queries(m, win_row, win_col, size, S: tl.constexpr):
 
 
 @triton.jit
+def wrap(line, pad_side, S: tl.constexpr):
+    """Row or column of the padded map under one that may lie beyond an edge of the rolled map."""
+    line += S.shift
+    if S.one_period:
+        line = tl.where(line < 0, line + pad_side, line)
+        return tl.where(line >= pad_side, line - pad_side, line)
+    # The remainder has the sign of its left side: add a period and take it again.
+    return (line % pad_side + pad_side) % pad_side
+
+
+@triton.jit
 def locate_fine(row, col, size, S: tl.constexpr):
     """Stored row and column of fine keys at a row and column that may lie beyond the edge.
 
@@ -97,11 +109,10 @@ def locate_fine(row, col, size, S: tl.constexpr):
     it is a key. Under "wrap" padding is a key of zeros; under "mask" it is none.
     """
     if S.wrap:
-        # The remainder has the sign of its left side: add a period and take it again.
-        row = unroll((row % size.pad_h + size.pad_h) % size.pad_h, size.pad_h, S)
-        col = unroll((col % size.pad_w + size.pad_w) % size.pad_w, size.pad_w, S)
-        valid = (row >= 0) & (col >= 0)  # every position wraps onto a token
+        row = wrap(row, size.pad_h, S)
+        col = wrap(col, size.pad_w, S)
         stored = (row < size.height) & (col < size.width)
+        valid = (row >= 0) & (col >= 0)  # every position wraps onto a token
     else:
         valid = (row >= 0) & (row < size.pad_h) & (col >= 0) & (col < size.pad_w)
         row = unroll(row, size.pad_h, S)
@@ -186,52 +197,72 @@ def coarse_level_keys(
     is_key = cell_is_key(row, size.pad_h, size.map_h, L.sub, S)
     is_key = is_key & cell_is_key(col, size.pad_w, size.map_w, L.sub, S)
     cell = tl.where(here, level_start + row * (size.pad_w // L.sub) + col, cell)
-    valid = tl.where(here, is_key, valid)
+    return cell, valid | (here & is_key)
+
+
+@triton.jit
+def coarse_keys(n, win_row, win_col, size, S: tl.constexpr):
+    """Packed cell number of coarse keys ``n``, and whether they take part."""
+    cell = n * 0
+    valid = n < 0
+    level_start = 0
+    for i in tl.static_range(len(S.coarse)):
+        cell, valid = coarse_level_keys(
+            n, cell, valid, level_start, win_row, win_col, size, S.coarse[i], S
+        )
+        level_start += (size.pad_h // S.coarse[i].sub) * (size.pad_w // S.coarse[i].sub)
     return cell, valid
 
 
 @triton.jit
 def key_tile(
     n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE_ONLY: tl.constexpr,
+    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``n`` (canonical order) of one window. FINE_ONLY: every one is a key of level 0.
+    """Keys ``n`` (canonical order) of one window; FINE and COARSE say which kinds are among them.
 
     Returns ``(k, v, valid, side)``: tiles `[BLOCK_N, block_d]`, and for each key whether it takes
     part and its `key_seam_side`.
     """
-    MARGIN: tl.constexpr = (S.region - S.window) // 2
-    key_row = win_row * S.window - MARGIN + n // S.region
-    key_col = win_col * S.window - MARGIN + n % S.region
-    row, col, stored, valid = locate_fine(key_row, key_col, size, S)
-    side = key_seam_side(key_row, key_col, win_row, win_col, size, S)
-    k_rows = token_rows(key, batch, row, col, head)
-    v_rows = token_rows(value, batch, row, col, head)
-    if not FINE_ONLY:
-        fine = n < S.region * S.region
-        valid = valid & fine
-        side = tl.where(fine, side, -1)
-        if len(S.coarse) > 0:
-            cell = n * 0
-            level_start = 0
-            for i in tl.static_range(len(S.coarse)):
-                cell, valid = coarse_level_keys(
-                    n, cell, valid, level_start, win_row, win_col, size, S.coarse[i], S
-                )
-                level_start += (size.pad_h // S.coarse[i].sub) * (size.pad_w // S.coarse[i].sub)
-            k_rows = tl.where(fine, k_rows, cell_rows(coarse_k_ptr, batch, cell, head, size, S))
-            v_rows = tl.where(fine, v_rows, cell_rows(coarse_v_ptr, batch, cell, head, size, S))
-            stored = stored | (n >= S.region * S.region)
-        stored = stored & valid
-    return load_rows(k_rows, stored, S), load_rows(v_rows, stored, S), valid, side
+    is_fine = n < S.region * S.region
+    if FINE:
+        MARGIN: tl.constexpr = (S.region - S.window) // 2
+        key_row = win_row * S.window - MARGIN + n // S.region
+        key_col = win_col * S.window - MARGIN + n % S.region
+        row, col, stored, valid = locate_fine(key_row, key_col, size, S)
+        side = key_seam_side(key_row, key_col, win_row, win_col, size, S)
+        if COARSE:
+            stored = stored & is_fine
+            valid = valid & is_fine
+            side = tl.where(is_fine, side, -1)
+        k = load_rows(token_rows(key, batch, row, col, head), stored, S)
+        v = load_rows(token_rows(value, batch, row, col, head), stored, S)
+    if COARSE:
+        cell, is_key = coarse_keys(n, win_row, win_col, size, S)
+        coarse_k = load_rows(cell_rows(coarse_k_ptr, batch, cell, head, size, S), is_key, S)
+        coarse_v = load_rows(cell_rows(coarse_v_ptr, batch, cell, head, size, S), is_key, S)
+        if FINE:
+            # Each row is zero in one of the two: two wide loads cost less than one that must choose
+            # its pointer, which the compiler cuts into single numbers.
+            k += coarse_k
+            v += coarse_v
+            valid = valid | is_key
+        else:
+            k = coarse_k
+            v = coarse_v
+            valid = is_key
+            side = n * 0 - 1
+    return k, v, valid, side
 
 
 @triton.jit
-def exclude(score, query_side, key_side, valid, S: tl.constexpr, ALL_VALID: tl.constexpr):
-    """-inf in `[queries, keys]` scores where the pair takes no part."""
-    if not ALL_VALID:
+def exclude(
+    score, query_side, key_side, valid, S: tl.constexpr, VALID: tl.constexpr, FINE: tl.constexpr
+):
+    """-inf in scores where the pair takes no part: VALID says none is invalid, FINE some are fine."""
+    if not VALID:
         score = tl.where(valid, score, -float("inf"))
-    if S.shift > 0:
+    if FINE and S.shift > 0:
         score = tl.where((key_side >= 0) & (key_side != query_side), -float("inf"), score)
     return score
 
