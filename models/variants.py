@@ -93,7 +93,11 @@ def _create(
         build,
         variant,
         pretrained=False,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": out_indices,
+            "feature_cls": "getter",
+            "flatten_sequential": True,  # for the extractors a user may name instead
+        },
         **options,
     )
 
