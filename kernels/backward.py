@@ -329,7 +329,6 @@ def launch_backward(
         "lse_ptr": lse,
         "delta_ptr": delta,
         **problem.common_arguments(),
-        "BLOCK_M": tile.block_m,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -339,6 +338,7 @@ def launch_backward(
         bias_ptr=padded_bias,
         out_ptr=out,
         grad_query_ptr=grad_query,
+        BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
 
@@ -353,6 +353,7 @@ def launch_backward(
         partial_ptr=partial,
         num_items=items,
         items_per_group=per_group,
+        BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
     grad_bias = partial.sum(0)[:, : bias.shape[1], : bias.shape[2]].to(bias.dtype)
@@ -367,6 +368,8 @@ def launch_backward(
             grad_key_ptr=grad_k,
             grad_value_ptr=grad_v,
             level_start=level.start,
+            # Four products per tile: half the queries at a time, or registers spill.
+            BLOCK_M=min(tile.block_m, 32),
             BLOCK_K=level.block_k,
             FINE=level.fine,
             FIRST=level.first,

@@ -259,7 +259,7 @@ def key_tile(
 def exclude(
     score, query_side, key_side, valid, S: tl.constexpr, VALID: tl.constexpr, FINE: tl.constexpr
 ):
-    """-inf in scores where the pair takes no part: VALID says none is invalid, FINE some are fine."""
+    """-inf in scores of pairs that take no part; VALID: no key is invalid, FINE: some are fine."""
     if not VALID:
         score = tl.where(valid, score, -float("inf"))
     if FINE and S.shift > 0:
