@@ -356,7 +356,7 @@ def launch_backward(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )
-    grad_bias = partial.sum(0)[:, : bias.shape[1], : bias.shape[2]].to(bias.dtype)
+    grad_bias = partial.sum(0)[:, : bias.shape[1], : bias.shape[2]].to(bias.dtype).contiguous()
 
     transposed_bias = problem.transposed_bias(bias)
     for level in problem.key_levels():
