@@ -202,5 +202,5 @@ def test_synthetic_images_have_the_sizes_asked_for() -> None:
 
 
 def test_a_source_without_a_builder_is_refused() -> None:
-    with pytest.raises(TypeError, match="config must be one of .* got DataConfig"):
+    with pytest.raises(TypeError, match=r"config must be one of .* got DataConfig"):
         build(DataConfig(name="x", img_size=8))
