@@ -1,0 +1,205 @@
+"""The eager backend against the oracle: output and every gradient."""
+
+import pytest
+import torch
+from cases import (
+    ODD,
+    Case,
+    assert_precise,
+    assert_same,
+    attend,
+    cases,
+    channels_first,
+    error_ratios,
+    fused,
+    heads_first,
+    make_tensors,
+    random_gradient,
+    run,
+)
+from hypothesis import given, settings
+
+from kernels import eager
+
+LAYOUTS = pytest.mark.parametrize("layout", [fused, heads_first, channels_first])
+LARGE = Case("stage", 7, ((1, 13), (7, 5)), 23, 30, heads=2, head_dim=6, batch=3, shift=3)
+MASKED = Case(
+    "masked", 4, ((1, 8), (2, 4), (4, 3)), 13, 10, batch=3, boundary="mask", map_size=(11, 7)
+)
+
+
+def check(case: Case, layout=dict) -> None:
+    tensors, gradient = make_tensors(case), random_gradient(case)
+    expected = run(case, tensors, "reference", gradient)
+    assert_same(run(case, tensors, "eager", gradient, layout), expected)
+
+
+@pytest.fixture
+def small_steps(monkeypatch, request):
+    """Bands and groups of images as small as ``request.param`` scores."""
+    eager._bands.cache_clear()
+    monkeypatch.setitem(eager.SCORES_PER_STEP, "cpu", request.param)
+    yield
+    eager._bands.cache_clear()
+
+
+# -- against the oracle ---------------------------------------------------------------------------
+
+
+@ODD
+def test_output_and_gradients_are_the_oracles(case):
+    check(case)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_output_and_gradients_are_the_oracles_for_any_geometry(case):
+    check(case)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
+def test_strided_inputs_give_the_same(case, layout):
+    check(case, layout)
+
+
+# One band of windows holds 11 or 12 windows of LARGE: 1 gives single rows of windows and single
+# images, the others several rows, then several images.
+@pytest.mark.parametrize("small_steps", [1, 220_000, 800_000, 2_000_000], indirect=True)
+@pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
+def test_bands_and_groups_of_images_give_the_same(case, small_steps):
+    check(case)
+
+
+def test_steps_cover_every_window_and_image_once():
+    eager._bands.cache_clear()
+    geometry = LARGE.geometry
+    tensors = {name: x.detach() for name, x in make_tensors(LARGE).items()}
+    rows, cols = geometry.num_windows(LARGE.height, LARGE.width)
+    per_window = LARGE.heads * geometry.num_queries * geometry.num_keys
+    # Budgets of one, two, four, ten and sixty windows.
+    for windows in (1, 2 * cols, 4 * cols, 2 * rows * cols, 100):
+        eager._bands.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(eager.SCORES_PER_STEP, "cpu", windows * per_window)
+            maps = [tensors["key"], tensors["key"].new_zeros(3, rows, cols, 2, 6)]
+            steps = eager._steps(tensors["query"], maps, maps, tensors["bias"], geometry, (23, 30))
+            seen = [
+                (image, row)
+                for step in steps
+                for image in range(*step.images.indices(LARGE.batch))
+                for row in range(step.band.first, step.band.last)
+            ]
+        assert sorted(seen) == [(image, row) for image in range(3) for row in range(rows)]
+    eager._bands.cache_clear()
+
+
+def test_an_expanded_gradient_gives_the_same():
+    tensors = make_tensors(MASKED)
+    gradient = torch.ones((), dtype=torch.float64).expand(MASKED.shape)
+    assert gradient.stride() == (0,) * 5
+    expected = run(MASKED, tensors, "reference", gradient)
+    assert_same(run(MASKED, tensors, "eager", gradient), expected)
+
+
+def test_a_partly_expanded_gradient_gives_the_same():
+    tensors = make_tensors(MASKED)
+    gradient = random_gradient(MASKED)[:, :1, :, :1].expand(MASKED.shape)
+    expected = run(MASKED, tensors, "reference", gradient)
+    assert_same(run(MASKED, tensors, "eager", gradient), expected)
+
+
+def test_gradients_of_some_inputs_alone_are_the_same():
+    tensors, gradient = make_tensors(LARGE), random_gradient(LARGE)
+    expected = run(LARGE, tensors, "reference", gradient)
+    frozen = {name: x.detach() for name, x in tensors.items()}
+    for name in ("query", "bias", "weight_1"):
+        wanted = {**frozen, name: frozen[name].clone().requires_grad_()}
+        (grad,) = torch.autograd.grad(attend(LARGE, wanted, "eager"), wanted[name], gradient)
+        torch.testing.assert_close(grad, expected[name], atol=1e-10, rtol=1e-10)
+
+
+def test_one_tensor_as_query_key_and_value():
+    case = Case("tied", 3, ((1, 5), (3, 3)), 4, 5)
+    tensors, gradient = make_tensors(case), random_gradient(case)
+    tied = {**tensors, "key": tensors["query"], "value": tensors["query"]}
+    grads = [
+        torch.autograd.grad(attend(case, tied, backend), tensors["query"], gradient)[0]
+        for backend in ("reference", "eager")
+    ]
+    torch.testing.assert_close(*reversed(grads), atol=1e-10, rtol=1e-10)
+
+
+GRADCHECK = [
+    Case("wrap", 2, ((1, 4), (2, 3)), 3, 4, heads=1, head_dim=2, batch=1, shift=1),
+    Case("mask", 2, ((1, 4), (2, 3)), 3, 5, 1, 2, 1, "mask", 1, (2, 5)),
+    Case("ready", 2, ((1, 2), (1, 4)), 3, 3, heads=2, head_dim=1, batch=1, ready=(1,)),
+]
+
+
+@pytest.mark.parametrize("case", GRADCHECK, ids=str)
+def test_gradients_agree_with_finite_differences(case):
+    tensors = make_tensors(case)
+    names = list(tensors)
+
+    def function(*inputs: torch.Tensor) -> torch.Tensor:
+        return attend(case, dict(zip(names, inputs, strict=True)), "eager")
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()), atol=1e-6)
+
+
+# -- edges ----------------------------------------------------------------------------------------
+
+
+def test_a_query_without_any_key_gives_zeros_and_no_gradient():
+    case = Case("no key", 2, ((1, 2), (2, 1)), 5, 7, boundary="mask", map_size=(2, 3))
+    check(case)
+    result = run(case, make_tensors(case), "eager", random_gradient(case))
+    assert (result["out"][:, 2:] == 0).all()
+    assert (result["query"][:, 2:] == 0).all()
+    assert all(tensor.isfinite().all() for tensor in result.values())
+
+
+def test_an_empty_batch_gives_an_empty_map_and_zero_gradients():
+    case = Case("empty", 3, ((1, 5), (3, 3)), 4, 5, batch=0)
+    result = run(case, make_tensors(case), "eager", random_gradient(case))
+    assert result["out"].shape == case.shape
+    assert all((result[name] == 0).all() for name in ("bias", "weight_1", "key_offset_1"))
+
+
+def test_large_scores_do_not_overflow():
+    tensors, gradient = make_tensors(MASKED), random_gradient(MASKED)
+    tensors["query"] = (tensors["query"].detach() * 1000).requires_grad_()
+    expected = run(MASKED, tensors, "reference", gradient)
+    assert all(tensor.isfinite().all() for tensor in expected.values())
+    got = run(MASKED, tensors, "eager", gradient)
+    for name, tensor in expected.items():  # gradients of keys are as large as the queries
+        size = 1000.0 if name.startswith(("key", "weight")) else 1.0
+        torch.testing.assert_close(got[name] / size, tensor / size, atol=1e-10, rtol=1e-10)
+
+
+def test_results_do_not_change_from_run_to_run():
+    tensors, gradient = make_tensors(LARGE, torch.float32), random_gradient(LARGE, torch.float32)
+    first, second = (run(LARGE, tensors, "eager", gradient) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- lower precision ------------------------------------------------------------------------------
+
+PRECISE = [
+    Case("stage 2", 7, ((1, 13), (7, 5)), 16, 14, heads=2, head_dim=32, shift=3),
+    Case(
+        "masked levels", 4, ((1, 8), (2, 4), (4, 3)), 10, 13, heads=2, head_dim=16, boundary="mask"
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PRECISE, ids=str)
+def test_error_is_at_most_twice_the_plain_one(case, dtype):
+    assert_precise(error_ratios(case, dtype, "eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_float32_bias_beside_16_bit_maps(dtype):
+    assert_precise(error_ratios(PRECISE[0], dtype, "eager", bias_dtype=torch.float32))
