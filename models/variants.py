@@ -1,9 +1,8 @@
 """The models of the paper, registered with timm.
 
 Paper: arXiv 2107.00641, table 1, and the released configurations: Tiny, Small, Base, and Large as
-Swin-L is sized. The ``_conv`` forms embed by overlapping convolutions. ``focal_micro`` is not in
-the
-paper: it is for a CPU and for tests.
+Swin-L is sized. The ``_conv`` forms embed by overlapping convolutions. ``focal_micro`` is for CPUs
+and tests, and not in the paper.
 """
 
 from __future__ import annotations
