@@ -25,6 +25,8 @@ def main(node: DictConfig) -> None:
         run(config, run_dir, multirun=hydra_config.mode == RunMode.MULTIRUN)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(130) from error  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

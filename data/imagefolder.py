@@ -7,11 +7,9 @@ jitter or an automatic policy and random erasing for training; resize and centre
 import os
 from pathlib import Path
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data.transforms_factory import create_transform
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from conf.schema import ConfigError, ImageFolderConfig
 from data.base import ImageData
@@ -40,14 +38,6 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
 
 
-def _has_image(folder: Path) -> bool:
-    return any(
-        name.lower().endswith(IMG_EXTENSIONS)
-        for _, _, files in os.walk(folder, followlinks=True)
-        for name in files
-    )
-
-
 def check_layout(root: Path) -> list[str]:
     """Check the folders before anything is read and return the class names.
 
@@ -68,12 +58,6 @@ def check_layout(root: Path) -> list[str]:
         if not names:
             raise ConfigError(
                 f"data.root must hold {LAYOUT}; {root / split} has no class folders in it"
-            )
-        empty = [name for name in names if not _has_image(root / split / name)]
-        if empty:
-            raise ConfigError(
-                f"every class folder must hold images ({', '.join(IMG_EXTENSIONS)}); none in "
-                f"{root / split}: {_shown(empty)}"
             )
     if classes["train"] != classes["val"]:
         differing = sorted(set(classes["train"]) ^ set(classes["val"]))
@@ -113,13 +97,14 @@ def build_imagefolder(config: ImageFolderConfig) -> ImageData:
         std=std,
         crop_pct=config.crop_pct,
     )
-    train: torch.utils.data.Dataset = ImageFolder(
-        str(root / "train"), train_transform, loader=load_rgb
-    )
-    val: torch.utils.data.Dataset = ImageFolder(str(root / "val"), val_transform, loader=load_rgb)
+    try:
+        train = ImageFolder(str(root / "train"), train_transform, loader=load_rgb)
+        val = ImageFolder(str(root / "val"), val_transform, loader=load_rgb)
+    except FileNotFoundError as error:  # names the class folders without images
+        raise ConfigError(f"data.root must hold {LAYOUT}; in {root}: {error}") from error
     return ImageData(
-        train=train,  # type: ignore[arg-type]
-        val=val,  # type: ignore[arg-type]
+        train=train,
+        val=val,
         class_names=tuple(classes),
         in_chans=3,
         img_size=config.img_size,

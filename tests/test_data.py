@@ -183,7 +183,7 @@ def test_a_class_folder_without_images_is_named(tmp_path: Path) -> None:
     root = make_images(tmp_path, {"train": ["a"], "val": ["a"]})
     for split in ("train", "val"):
         (root / split / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"every class folder must hold images .* empty"):
+    with pytest.raises(ConfigError, match=r"data\.root must hold .*classes empty"):
         build(image_folder(root))
 
 
