@@ -88,10 +88,25 @@ class _Patch:
             (s_image, s_row * self.cells, s_col * self.cells, s_head, s_row, s_col, s_dim),
         )
 
-    def buffer(self, images: int, like: Tensor) -> Tensor:
-        """Zeros `[images, heads, num_rows, num_cols, dim]`: padding and excluded keys stay zero."""
-        heads, dim = like.shape[-2:]
-        return like.new_zeros(images, heads, self.num_rows, self.num_cols, dim)
+    @property
+    def covered(self) -> bool:
+        """Whether the source fills the whole buffer: no padding, no excluded key."""
+        rows, cols = (sum(length for _, _, length in runs) for runs in (self.rows, self.cols))
+        return rows == self.num_rows and cols == self.num_cols
+
+    def disjoint_windows(self, source: Tensor) -> Tensor | None:
+        """`windows` as a view of the source itself, where they are whole and do not overlap."""
+        if self.region != self.cells or len(self.rows) + len(self.cols) > 2 or not self.covered:
+            return None
+        (_, row, height), (_, col, width) = self.rows[0], self.cols[0]
+        part = source[:, row : row + height, col : col + width]
+        parts = part.unflatten(2, (-1, self.region)).unflatten(1, (-1, self.region))
+        return parts.permute(0, 1, 3, 5, 2, 4, 6)
+
+    def buffer(self, like: Tensor, *, zeros: bool) -> Tensor:
+        """`[images, heads, num_rows, num_cols, dim]`, one token or cell of the band per place."""
+        shape = (like.shape[0], like.shape[3], self.num_rows, self.num_cols, like.shape[4])
+        return like.new_zeros(shape) if zeros else like.new_empty(shape)
 
     def _pieces(self, source: Tensor, buffer: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         source = source.permute(0, 3, 1, 2, 4)
@@ -109,15 +124,24 @@ class _Patch:
             source: The map.
             out: `[images, win_rows, win_cols, heads, region², dim]`, may be a view.
         """
-        buffer = self.buffer(source.shape[0], source)
-        for piece, place in self._pieces(source, buffer):
-            place.copy_(piece)
-        out.unflatten(-2, (self.region, self.region)).copy_(self.windows(buffer))
+        squares = out.unflatten(-2, (self.region, self.region))
+        windows = self.disjoint_windows(source)
+        if windows is None:
+            # Padding and excluded keys are zeros.
+            buffer = self.buffer(source, zeros=not self.covered)
+            for piece, place in self._pieces(source, buffer):
+                place.copy_(piece)
+            windows = self.windows(buffer)
+        squares.copy_(windows)
 
     def fold(self, windows: Tensor, into: Tensor) -> None:
         """Add what `gather` spread back into the map: the transpose of `gather`."""
-        buffer = self.buffer(into.shape[0], into)
         squares = windows.unflatten(-2, (self.region, self.region))
+        target = self.disjoint_windows(into)
+        if target is not None:
+            target += squares
+            return
+        buffer = self.buffer(into, zeros=True)
         view = self.windows(buffer)
         # Windows `passes` apart do not overlap, so each of these sums writes a place once.
         passes = -(-self.region // self.cells)
