@@ -1,0 +1,122 @@
+"""The compiled kernels on a GPU, against the oracle in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import (
+    INTERPRETED,
+    Case,
+    assert_precise,
+    attend,
+    error_ratios,
+    fused,
+    make_tensors,
+    random_gradient,
+    run,
+)
+
+from kernels import resolve_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler"),
+]
+
+RELEASED = [
+    Case("stage 1", 7, ((1, 13), (7, 7)), 56, 56, 3, 32),
+    Case("stage 2", 7, ((1, 13), (7, 5)), 28, 28, 6, 32),
+    Case("stage 3", 7, ((1, 13), (7, 3)), 14, 14, 12, 32),
+    Case("stage 4", 7, ((1, 7), (7, 1)), 7, 7, 24, 32),
+]
+HARD = [
+    Case("padded and shifted", 7, ((1, 13), (7, 5)), 30, 23, 3, 32, shift=3),
+    Case("masked", 7, ((1, 13), (7, 5)), 30, 23, 3, 32, 2, "mask", 3, (25, 21)),
+    Case("three levels", 8, ((1, 12), (2, 8), (8, 5)), 20, 27, 2, 64, boundary="mask"),
+    Case("odd head", 4, ((1, 8), (2, 4)), 9, 10, 5, 49, shift=2),
+    Case("keys repeat", 2, ((1, 8), (2, 5)), 5, 3, 2, 16, shift=1),
+    Case("all ones", 1, ((1, 3), (1, 1)), 1, 1, 1, 1, 1),
+    Case("dropout", 7, ((1, 13), (7, 3)), 14, 20, 2, 32, dropout_p=0.2),
+    Case("ready-made maps", 4, ((1, 6), (2, 4)), 9, 7, 2, 32, ready=(1,)),
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", RELEASED + HARD, ids=str)
+def test_error_is_at_most_twice_the_plain_one(case, dtype):
+    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_float32_bias_beside_16_bit_maps(dtype):
+    assert_precise(error_ratios(RELEASED[1], dtype, "triton", "cuda", torch.float32, 2))
+
+
+@pytest.mark.parametrize("case", [RELEASED[1], HARD[1]], ids=str)
+def test_tf32_error_is_at_most_twice_the_plain_one(case, tf32):
+    assert_precise(error_ratios(case, torch.float32, "triton", "cuda", draws=2))
+
+
+@DTYPES
+@pytest.mark.parametrize("case", [RELEASED[0], HARD[1], HARD[6]], ids=str)
+def test_results_do_not_change_from_run_to_run(case, dtype):
+    tensors, gradient = make_tensors(case, dtype, "cuda"), random_gradient(case, dtype, "cuda")
+    first, second = (run(case, tensors, "triton", gradient, fused) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_captured_graph_replays_on_new_inputs():
+    case, dtype = RELEASED[2], torch.float16
+    tensors = {name: x.detach() for name, x in make_tensors(case, dtype, "cuda").items()}
+    attend(case, tensors, "triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(case, tensors, "triton")
+    others = make_tensors(case, dtype, "cuda", seed=1)
+    for name, x in tensors.items():
+        x.copy_(others[name].detach())
+    graph.replay()
+    assert torch.equal(out, attend(case, tensors, "triton"))
+
+
+def test_gradients_are_captured_in_a_graph():
+    case, dtype = replace(RELEASED[2], dropout_p=0.1), torch.float16
+    tensors, gradient = make_tensors(case, dtype, "cuda"), random_gradient(case, dtype, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = run(case, tensors, "triton", gradient)
+    torch.cuda.current_stream().wait_stream(stream)
+    seed = torch.tensor([1234], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(case, tensors, "triton", gradient, dropout_seed=seed)
+    graph.replay()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_auto_is_triton_but_for_float64():
+    device = torch.device("cuda")
+    assert resolve_backend("auto", device, torch.float16) == "triton"
+    assert resolve_backend("auto", device, torch.float64) == "eager"
+    with pytest.raises(ValueError, match="float64 has no tensor-core product"):
+        resolve_backend("triton", device, torch.float64)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_maps_off_the_first_device_context_run_where_they_lie(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = HARD[0]
+    first = attend(case, make_tensors(case, torch.float32, "cuda:0"), backend)
+    second = attend(case, make_tensors(case, torch.float32, "cuda:1"), backend)
+    assert torch.equal(first.cpu(), second.cpu())
