@@ -38,8 +38,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> Opt
         options = {"momentum": config.momentum}
     else:
         raise TypeError(f"config must be AdamWConfig or SGDConfig, got {type(config).__name__}")
+    # Fused: on a CPU one pass over the parameters where the default takes a dozen, several times as
+    # fast at tens of millions of parameters.
     return create_optimizer_v2(
         model,
+        fused=True,
         opt=name,
         lr=lr,
         weight_decay=config.weight_decay,
