@@ -175,7 +175,7 @@ class TrainerConfig:
     ema_decay: float | None = None  # evaluate and keep the moving average of the weights
     seed: int = 0
     deterministic: bool = False
-    precision: str = "32-true"
+    precision: str = "32-true"  # or bf16-mixed, 16-mixed; auto: bf16-mixed where it is fast
     accelerator: str = "auto"
     devices: str = "auto"  # a number, "auto", or device indices such as "0,1"
     num_nodes: int = 1

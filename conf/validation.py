@@ -19,7 +19,7 @@ from conf.schema import (
     TrainerConfig,
 )
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 WANDB_MODES = ("offline", "online", "disabled")

@@ -135,7 +135,7 @@ def test_a_typo_or_a_wrong_type_fails_with_the_name_of_the_key(override: str, ke
     [
         (["data=imagefolder"], "data.root must be set"),
         (["trainer.batch_size=0"], "trainer.batch_size must be positive, got 0"),
-        (["trainer.precision=fp16"], "trainer.precision must be one of 32-true, bf16-mixed"),
+        (["trainer.precision=fp16"], "trainer.precision must be one of auto, 32-true, bf16-mixed"),
         (["trainer.devices=two"], "trainer.devices must be a number"),
         (["trainer.epochs=2", "schedule.warmup_epochs=2"], "schedule.warmup_epochs must be"),
         (["trainer.mixup=0.8", "trainer.batch_size=31"], "trainer.batch_size must be even"),

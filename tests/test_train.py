@@ -26,6 +26,7 @@ TINY = (
     "trainer.limit_train_batches=4",
     "trainer.accelerator=cpu",
     "trainer.checkpoint_every=3",
+    "trainer.precision=32-true",
 )
 
 

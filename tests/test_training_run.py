@@ -13,6 +13,7 @@ from conf import ConfigError, compose
 from training import checkpoint, run
 from training.loop import Trainer
 from training.reporting import Reporter
+from training.run import resolve_precision
 
 TINY = (
     "model=focal_micro",
@@ -30,6 +31,7 @@ TINY = (
     "trainer.limit_val_batches=2",
     "trainer.log_every=2",
     "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
 )
 
 
@@ -295,6 +297,19 @@ def test_a_run_in_another_format_stays_close_to_the_plain_one(
     assert train(tmp_path / "other", f"trainer.{override}")["loss"] == pytest.approx(
         expected, rel=0.02
     )
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"), [({"avx512_bf16": True}, "bf16-mixed"), ({"avx2": True}, "32-true")]
+)
+def test_automatic_precision_is_bfloat16_only_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    settings = compose("trainer.precision=auto", "trainer.accelerator=cpu").trainer
+    assert resolve_precision(settings) == expected
+    asked = compose("trainer.precision=16-mixed").trainer
+    assert resolve_precision(asked) == "16-mixed"
 
 
 def test_any_timm_model_trains_as_a_baseline(tmp_path: Path) -> None:

@@ -43,10 +43,11 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     _set_up_torch(config.trainer)
     data = build(config.data)
     resumed = _read_checkpoint(config, Path(config.resume)) if config.resume else None
-    fabric = _make_fabric(config.trainer, multirun=multirun)
+    precision = resolve_precision(config.trainer)
+    fabric = _make_fabric(config.trainer, precision, multirun=multirun)
     console = RunConsole(epochs=config.trainer.epochs, enabled=fabric.is_global_zero)
     model = build_model(config.model, data, seed=config.trainer.seed)
-    backend = attention_backend(model, fabric.device, config.trainer.precision)
+    backend = attention_backend(model, fabric.device, precision)
     if config.finetune:
         _load_weights(model, config.finetune, console)
     fabric.launch()
@@ -59,7 +60,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     parts = [
         f"{config.model.name} ({_millions(model)} parameters) on {config.data.name}",
         f"{fabric.world_size} {fabric.device.type}",
-        config.trainer.precision,
+        precision,
         f"{backend} attention" if backend else "no focal attention",
         f"results in {run_dir}",
     ]
@@ -94,7 +95,19 @@ def _set_up_torch(settings: TrainerConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def _make_fabric(settings: TrainerConfig, *, multirun: bool) -> Fabric:
+def resolve_precision(settings: TrainerConfig) -> str:
+    """The precision that `trainer.precision` stands for: "auto" is bfloat16 on hardware for it."""
+    if settings.precision != "auto":
+        return settings.precision
+    if settings.accelerator != "cpu" and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = torch.cpu.get_capabilities()
+        fast = any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"
+
+
+def _make_fabric(settings: TrainerConfig, precision: str, *, multirun: bool) -> Fabric:
     """Fabric for the devices asked for."""
     devices: str | int | list[int] = settings.devices
     if settings.devices != "auto":
@@ -106,7 +119,7 @@ def _make_fabric(settings: TrainerConfig, *, multirun: bool) -> Fabric:
             devices=devices,
             num_nodes=settings.num_nodes,
             strategy=settings.strategy,
-            precision=settings.precision,  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
