@@ -8,6 +8,7 @@ from cases import (
     INTERPRETED,
     Case,
     assert_precise,
+    assert_same,
     attend,
     error_ratios,
     fused,
@@ -35,7 +36,6 @@ HARD = [
     Case("three levels", 8, ((1, 12), (2, 8), (8, 5)), 20, 27, 2, 64, boundary="mask"),
     Case("odd head", 4, ((1, 8), (2, 4)), 9, 10, 5, 49, shift=2),
     Case("keys repeat", 2, ((1, 8), (2, 5)), 5, 3, 2, 16, shift=1),
-    Case("all ones", 1, ((1, 3), (1, 1)), 1, 1, 1, 1, 1),
     Case("dropout", 7, ((1, 13), (7, 3)), 14, 20, 2, 32, dropout_p=0.2),
     Case("ready-made maps", 4, ((1, 6), (2, 4)), 9, 7, 2, 32, ready=(1,)),
 ]
@@ -56,6 +56,17 @@ def test_error_is_at_most_twice_the_plain_one(case, dtype):
     assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2))
 
 
+def test_arguments_that_are_all_1_give_the_same():
+    # Two or three keys: errors are a matter of luck, so absolute ones are bounded here.
+    case = Case("all ones", 1, ((1, 3), (1, 1)), 1, 1, heads=1, head_dim=1, batch=1)
+    tensors = make_tensors(case, torch.float32, "cuda")
+    gradient = random_gradient(case, torch.float32, "cuda")
+    exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    expected = run(case, exact, "reference", gradient.double())
+    got = {name: x.double() for name, x in run(case, tensors, "triton", gradient).items()}
+    assert_same(got, expected, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_float32_bias_beside_16_bit_maps(dtype):
     assert_precise(error_ratios(RELEASED[1], dtype, "triton", "cuda", torch.float32, 2))
@@ -67,7 +78,7 @@ def test_tf32_error_is_at_most_twice_the_plain_one(case, tf32):
 
 
 @DTYPES
-@pytest.mark.parametrize("case", [RELEASED[0], HARD[1], HARD[6]], ids=str)
+@pytest.mark.parametrize("case", [RELEASED[0], HARD[1], HARD[5]], ids=str)
 def test_results_do_not_change_from_run_to_run(case, dtype):
     tensors, gradient = make_tensors(case, dtype, "cuda"), random_gradient(case, dtype, "cuda")
     first, second = (run(case, tensors, "triton", gradient, fused) for _ in range(2))
@@ -113,7 +124,7 @@ def test_auto_is_triton_but_for_float64():
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_maps_off_the_first_device_context_run_where_they_lie(backend):
+def test_maps_on_another_device_than_the_current_one_give_the_same(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     case = HARD[0]
