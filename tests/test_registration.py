@@ -219,6 +219,29 @@ def test_compiled_graph_serves_other_map_sizes(backend, fresh_compiler):
         check(9, 6)
 
 
+# -- autocast -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(
+            "eager",
+            marks=pytest.mark.xfail(
+                strict=True, reason="forward runs in the autocast dtype, backward in the inputs'"
+            ),
+        ),
+        pytest.param("triton", marks=needs_interpreter),
+    ],
+)
+def test_autocast_leaves_forward_at_the_precision_of_its_inputs(backend):
+    tensors = {name: x.detach() for name, x in make_tensors(CASE, torch.float32).items()}
+    expected = attend(CASE, tensors, "reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(CASE, tensors, backend)
+    torch.testing.assert_close(out, expected)
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 
