@@ -70,7 +70,7 @@ class DigitsConfig(DataConfig):
 
     rotate: float = 10.0  # largest rotation, degrees
     scale: float = 0.1  # largest relative change of size
-    translate: float = 0.08  # largest shift, as a part of the image side
+    translate: float = 0.05  # largest shift, as a part of the image side
     split_seed: int = 0
 
 

@@ -8,10 +8,14 @@ import pytest
 import torch
 import yaml
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision.amp import MixedPrecision
 
 from conf import ConfigError, compose
+from data import build
 from training import checkpoint, run
+from training.console import RunConsole
 from training.loop import Trainer
+from training.model import build_model
 from training.reporting import Reporter
 from training.run import resolve_precision
 
@@ -270,6 +274,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path) -> None:
             r"model\.attention_backend: .*cannot run here",
         ),
         (["trainer.accelerator=cuda"], r"trainer\.accelerator=cuda .* cannot be had here"),
+        (["trainer.precision=16-mixed"], r"trainer\.precision must be .* on a CPU"),
         (["finetune=nowhere.pth"], r"finetune: .*nowhere\.pth"),
         (["resume=nowhere.ckpt"], r"resume must name a checkpoint, got nowhere\.ckpt"),
     ],
@@ -297,6 +302,18 @@ def test_a_run_in_another_format_stays_close_to_the_plain_one(
     assert train(tmp_path / "other", f"trainer.{override}")["loss"] == pytest.approx(
         expected, rel=0.02
     )
+
+
+def test_gradients_are_clipped_where_a_loss_scaler_is_at_work(tmp_path: Path) -> None:
+    config = compose(*TINY, "trainer.clip_grad=1.0", "trainer.epochs=1")
+    # What Fabric uses for 16-mixed on a GPU, here with a scaler for the CPU.
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[plugin])
+    data = build(config.data)
+    model = build_model(config.model, data, seed=0)
+    trainer = Trainer(config, fabric=fabric, model=model, data=data)
+    result = trainer.fit(tmp_path, Reporter(RunConsole(epochs=1, enabled=False), None))
+    assert math.isfinite(result["loss"])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ class Trainer:
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         lr = learning_rate(config.optimizer, self.global_batch)
-        self.optimizer = build_optimizer(config.optimizer, model, lr)
+        scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+        self.optimizer = build_optimizer(config.optimizer, model, lr, fused=not scaled)
         self.schedule = build_schedule(
             config.schedule,
             self.optimizer,

@@ -28,8 +28,18 @@ def learning_rate(config: OptimizerConfig, global_batch: int) -> float:
     return config.base_lr
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> Optimizer:
-    """Group the parameters by weight decay (and depth) and create the optimiser."""
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, lr: float, *, fused: bool = True
+) -> Optimizer:
+    """Group the parameters by weight decay (and depth) and create the optimiser.
+
+    Args:
+        config: The optimiser's settings.
+        model: Whose parameters to optimise.
+        lr: Peak learning rate.
+        fused: Use PyTorch's fused step. It unscales float16 gradients itself, so Fabric cannot clip
+            them before it: pass False where a loss scaler is at work.
+    """
     if isinstance(config, AdamWConfig):
         name = "adamw"
         options: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps}
@@ -42,7 +52,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module, lr: float) -> Opt
     # fast at tens of millions of parameters.
     return create_optimizer_v2(
         model,
-        fused=True,
+        fused=fused,
         opt=name,
         lr=lr,
         weight_decay=config.weight_decay,

@@ -126,6 +126,10 @@ def _make_fabric(settings: TrainerConfig, precision: str, *, multirun: bool) -> 
             f"trainer.accelerator={settings.accelerator} trainer.devices={settings.devices} "
             f"trainer.strategy={settings.strategy} cannot be had here: {error}"
         ) from error
+    if precision == "16-mixed" and fabric.device.type == "cpu":
+        raise ConfigError(
+            "trainer.precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'"
+        )
     if multirun and fabric.world_size > 1:
         raise ConfigError(
             "trainer.devices must be 1 in a multirun, whose runs share one process, got "
