@@ -229,6 +229,12 @@ def _check_pooling(
 def _check_map_size(map_size: tuple[int, int] | None, height: int, width: int) -> tuple[int, int]:
     if map_size is None:
         return height, width
+    if (
+        not isinstance(map_size, (tuple, list, torch.Size))
+        or len(map_size) != 2
+        or not all(isinstance(side, (int, torch.SymInt)) for side in map_size)
+    ):
+        raise TypeError(f"map_size must be a pair of integers (rows, columns), got {map_size!r}")
     rows, cols = map_size
     if not (1 <= rows <= height and 1 <= cols <= width):
         raise ValueError(
@@ -238,6 +244,8 @@ def _check_map_size(map_size: tuple[int, int] | None, height: int, width: int) -
 
 
 def _check_seed(seed: Tensor, query: Tensor) -> None:
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"dropout_seed must be a tensor, got {type(seed).__name__}")
     if seed.dtype != torch.int64 or tuple(seed.shape) != (1,):
         raise ValueError(
             f"dropout_seed must be int64 of shape [1], got {seed.dtype} {list(seed.shape)}"

@@ -9,9 +9,10 @@ order, so results do not change from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 from kernels.reference import coarse_map, pad_to_windows
 
 __all__ = ["focal_attention"]
+
+_Inputs = ParamSpec("_Inputs")
+_Result = TypeVar("_Result")
 
 # Scores of one step, in elements: 4 MiB in float32 stays in the second- and third-level caches.
 SCORES_PER_STEP = {"cpu": 2**20, "other": 2**26}
@@ -44,13 +48,14 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
-    coarse_keys, coarse_values = (
-        [
-            coarse_map(pad_to_windows(x, geometry), entry, geometry, level, which)
-            for level, entry in enumerate(pooling, start=1)
-        ]
-        for x, which in ((key, "key"), (value, "value"))
-    )
+    with torch.autocast(query.device.type, enabled=False):  # pooled in the dtype of the maps
+        coarse_keys, coarse_values = (
+            [
+                coarse_map(pad_to_windows(x, geometry), entry, geometry, level, which)
+                for level, entry in enumerate(pooling, start=1)
+            ]
+            for x, which in ((key, "key"), (value, "value"))
+        )
     return _attention(
         query,
         key,
@@ -363,7 +368,20 @@ def _steps(
             yield _Step(band, images, query, keys, values, band_bias, geometry)
 
 
+def _in_given_dtype(function: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
+    """Run without autocast: the products take the dtype of the maps, in forward as in backward."""
+
+    @wraps(function)
+    def run(*args: _Inputs.args, **kwargs: _Inputs.kwargs) -> _Result:
+        tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("focal::eager_attention", mutates_args=())
+@_in_given_dtype
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -406,6 +424,7 @@ def _(query, key, value, bias, coarse_keys, coarse_values, *settings):
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
+@_in_given_dtype
 def _attention_backward(
     grad_out: Tensor,
     query: Tensor,

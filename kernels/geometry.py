@@ -269,7 +269,6 @@ def _outer_index(rows: Tensor, cols: Tensor, stride: int) -> Tensor:
     return index.reshape(rows.shape[0] * cols.shape[0], -1)
 
 
-@lru_cache(maxsize=256)
 def index_tables(
     geometry: FocalGeometry,
     height: int,
@@ -277,7 +276,7 @@ def index_tables(
     map_size: tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`query_index`, `key_index` and `seam_mask` on ``device``, kept from call to call."""
+    """`query_index`, `key_index` and `seam_mask` on ``device``."""
     return (
         geometry.query_index(height, width).to(device),
         geometry.key_index(height, width, map_size=map_size).to(device),

@@ -155,7 +155,7 @@ class Problem:
             one_period=geometry.margin(0) + geometry.shift <= min(self.size.pad_h, self.size.pad_w),
             head_dim=head_dim,
             block_d=padded_head_dim(head_dim),
-            m_pad=_round_up(geometry.num_queries, tile.block_m),
+            m_pad=self.m_pad,
             n_pad=_round_up(geometry.num_keys, tile.block_n),
             precision=float32_precision(),
             score_factor=self.scale * LOG2E,
@@ -170,13 +170,18 @@ class Problem:
         return math.prod(self.geometry.num_windows(*self.query_shape[1:3]))
 
     @property
+    def m_pad(self) -> int:
+        """Queries of a window, rounded up to whole tiles."""
+        return _round_up(self.geometry.num_queries, self.tile.block_m)
+
+    @property
     def query_blocks(self) -> int:
         """Query tiles of a window."""
-        return self.shape.m_pad // self.tile.block_m
+        return self.m_pad // self.tile.block_m
 
     def new_rows(self, like: Tensor) -> Tensor:
         """Empty `[batch, windows, heads, m_pad]`: one number per query, windows in a row."""
-        sizes = (self.query_shape[0], self.num_windows, self.query_shape[3], self.shape.m_pad)
+        sizes = (self.query_shape[0], self.num_windows, self.query_shape[3], self.m_pad)
         return torch.empty(sizes, dtype=sum_dtype(self.dtype), device=like.device)
 
     @cached_property

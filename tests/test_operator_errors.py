@@ -151,7 +151,6 @@ def test_a_map_size_beyond_the_map(map_size, backend):
     refuse(ValueError, text, backend, map_size=map_size)
 
 
-@pytest.mark.xfail(strict=True, reason="map_size is unpacked before its type is checked")
 @pytest.mark.parametrize("map_size", [7, (4,), (4, 5, 1), (3.5, 5), "45"])
 def test_a_map_size_that_is_no_pair_of_integers(map_size, backend):
     refuse((TypeError, ValueError), "map_size must", backend, map_size=map_size)
@@ -176,7 +175,6 @@ def test_a_seed_of_the_wrong_kind(seed, text, backend):
     refuse(ValueError, text, backend, dropout_p=0.5, dropout_seed=seed)
 
 
-@pytest.mark.xfail(strict=True, reason="a seed that is no tensor fails on its missing dtype")
 def test_a_seed_that_is_no_tensor(backend):
     refuse(TypeError, "dropout_seed must", backend, dropout_p=0.5, dropout_seed=3)
 

@@ -187,12 +187,7 @@ def test_compiled_whole_graph_gives_the_same(case, backend, fresh_compiler):
         "eager",
         pytest.param(
             "triton",
-            marks=[
-                needs_interpreter,
-                pytest.mark.xfail(
-                    strict=True, reason="the fake compares height with width: guards on both orders"
-                ),
-            ],
+            marks=needs_interpreter,
         ),
     ],
 )
@@ -225,12 +220,7 @@ def test_compiled_graph_serves_other_map_sizes(backend, fresh_compiler):
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(
-            "eager",
-            marks=pytest.mark.xfail(
-                strict=True, reason="forward runs in the autocast dtype, backward in the inputs'"
-            ),
-        ),
+        "eager",
         pytest.param("triton", marks=needs_interpreter),
     ],
 )
