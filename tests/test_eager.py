@@ -200,6 +200,14 @@ def test_error_is_at_most_twice_the_plain_one(case, dtype):
     assert_precise(error_ratios(case, dtype, "eager"))
 
 
+@pytest.mark.parametrize("small_steps", [1], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_over_many_steps_lose_no_precision(dtype, small_steps):
+    # 384 steps: sums in 16 bits would err more with each.
+    case = Case("many", 2, ((1, 4),), 48, 4, heads=1, head_dim=8, batch=16)
+    assert_precise(error_ratios(case, dtype, "eager"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_float32_bias_beside_16_bit_maps(dtype):
     assert_precise(error_ratios(PRECISE[0], dtype, "eager", bias_dtype=torch.float32))
