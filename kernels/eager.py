@@ -452,7 +452,6 @@ def _attention_backward(
     for step in _steps(query, keys, values, bias, geometry, (map_size[0], map_size[1])):
         queries = (step.band.queries,)
         d_out = step._gather([grad_out], queries)
-        delta = (d_out * step._gather([out], queries)).sum(dim=-1, keepdim=True)
         weight = step.weights(scale)
         d_weight = d_out @ step.value.mT
         if dropout_seed is not None and dropout_p > 0.0:
@@ -461,6 +460,8 @@ def _attention_backward(
             step.fold((weight * keep).mT @ d_out, grad_values, step.band.levels)
         else:
             step.fold(weight.mT @ d_out, grad_values, step.band.levels)
+        # Not from the output, which is rounded: gradients of scores sum to zero over the keys.
+        delta = (weight * d_weight).sum(dim=-1, keepdim=True)
         d_score = d_weight.sub_(delta).mul_(weight)
         step.fold((d_score @ step.key).mul_(scale), [grad_query], queries)
         step.fold((d_score.mT @ step.query).mul_(scale), grad_keys, step.band.levels)
