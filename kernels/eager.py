@@ -433,7 +433,6 @@ def _attention_backward(
     bias: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
-    out: Tensor,
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
@@ -485,14 +484,14 @@ def _setup_context(ctx, inputs, output) -> None:
     query, key, value, bias, coarse_keys, coarse_values, *settings, seed = inputs
     ctx.num_coarse = len(coarse_keys)
     ctx.settings = settings
-    ctx.save_for_backward(query, key, value, bias, *coarse_keys, *coarse_values, output, seed)
+    ctx.save_for_backward(query, key, value, bias, *coarse_keys, *coarse_values, seed)
 
 
 def _backward(ctx, grad_out):
-    query, key, value, bias, *rest, out, seed = ctx.saved_tensors
+    query, key, value, bias, *rest, seed = ctx.saved_tensors
     count = ctx.num_coarse
     grads = _attention_backward(
-        grad_out, query, key, value, bias, rest[:count], rest[count:], out, *ctx.settings, seed
+        grad_out, query, key, value, bias, rest[:count], rest[count:], *ctx.settings, seed
     )
     grad_query, *maps, grad_bias = grads
     grad_key, *grad_coarse_keys = maps[: count + 1]
@@ -511,5 +510,5 @@ def _(query, key, value, bias, coarse_keys, coarse_values, code, *settings, out_
 
 
 @register_flop_formula(torch.ops.focal.eager_attention_backward)
-def _(d_out, query, key, value, bias, coarse_keys, coarse_values, out, code, *settings, out_shape):
+def _(d_out, query, key, value, bias, coarse_keys, coarse_values, code, *settings, out_shape):
     return backward_flops(query, code)

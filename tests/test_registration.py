@@ -86,8 +86,8 @@ def test_eager_attention_backward_is_registered_soundly(dtype):
         ]
         for _ in range(2)
     )
-    out = random(*case.shape, dtype=dtype, grad=False)
-    arguments = (out, query, key, value, bias(case, dtype, False), keys, values, out)
+    grad_out = random(*case.shape, dtype=dtype, grad=False)
+    arguments = (grad_out, query, key, value, bias(case, dtype, False), keys, values)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
