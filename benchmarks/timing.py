@@ -151,9 +151,8 @@ def _cpu_run(function: Callable[[], Any], flush: torch.Tensor) -> tuple[float, f
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that one run allocates beyond what is allocated already; None on a CPU."""
+    """Bytes that one run allocates beyond what is allocated already; None, and no run, on a CPU."""
     if device.type != "cuda":
-        function()
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(device)
