@@ -144,8 +144,8 @@ def record(case: Case, dtype: torch.dtype) -> list[Launch]:
             dropout_p=case.dropout_p,
             dropout_seed=seed,
         )
-        out, lse = forward.launch_forward(query, key, value, bias, attention)
-        backward.launch_backward(out, query, key, value, bias, out, lse, attention)
+        out, stats = forward.launch_forward(query, key, value, bias, attention)
+        backward.launch_backward(out, query, key, value, bias, out, stats, attention)
     return launches
 
 

@@ -1,7 +1,7 @@
 """Backward focal attention, without atomics: one program sums each gradient, in a fixed order.
 
 With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gradient of a score is
-``dS = P (dP − Δ)``, and scores are computed again from q, k, bias and the saved lse. Three kernels:
+``dS = P (dP − Δ)``, and scores are computed again from q, k, bias and the saved statistics. Three kernels:
 
 * `query_gradient_kernel`: one program per window, query block and head walks over keys as forward
   does: ``dq = scale · dS k``. It also writes Δ, which the others read.
@@ -42,8 +42,25 @@ BIAS_PROGRAMS = 1024
 
 
 @triton.jit
+def load_stats(stats_ptr, row_id, m, S: tl.constexpr):
+    """Each query's largest score and one over its sum of exponentials, as forward left them.
+
+    Both are 0 beyond the last query, so that weights are 0 there.
+    """
+    rows = stats_ptr + row_id * 2 * S.num_queries + m
+    peak = tl.load(rows, mask=m < S.num_queries, other=0.0)
+    return peak, tl.load(rows + S.num_queries, mask=m < S.num_queries, other=0.0)
+
+
+@triton.jit
+def load_delta(delta_ptr, row_id, m, S: tl.constexpr):
+    """Each query's Δ, which `query_gradient_kernel` wrote."""
+    return tl.load(delta_ptr + row_id * S.num_queries + m, mask=m < S.num_queries, other=0.0)
+
+
+@triton.jit
 def score_gradient(
-    n, q, do, lse, delta, m, query_side, bias_rows, row_id, seed_ptr,
+    n, q, do, peak, inverse, delta, m, query_side, bias_rows, row_id, seed_ptr,
     batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
     S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
 ):  # fmt: skip
@@ -52,14 +69,14 @@ def score_gradient(
         n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S,
         FINE, COARSE,
     )  # fmt: skip
-    score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=lse.dtype)
+    score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=delta.dtype)
     bias = tl.load(bias_rows[:, None] + n[None, :])
-    score = score * S.score_factor + bias.to(lse.dtype)
+    score = score * S.score_factor + bias.to(delta.dtype)
     score = exclude(
         score, query_side[:, None], side[None, :], valid[None, :], S, S.wrap and not COARSE, FINE
     )
-    weight = tl.exp2(score - lse[:, None])
-    d_weight = tl.dot(do, tl.trans(v), input_precision=S.precision, out_dtype=lse.dtype)
+    weight = tl.exp2(score - peak[:, None]) * inverse[:, None]
+    d_weight = tl.dot(do, tl.trans(v), input_precision=S.precision, out_dtype=delta.dtype)
     if S.drop_threshold > 0:
         keep = keep_mask(seed_ptr, row_id, m[:, None] * S.num_keys + n[None, :], S)
         d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
@@ -68,7 +85,7 @@ def score_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, lse_ptr, delta_ptr,
+    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, stats_ptr, delta_ptr,
     grad_query_ptr, seed_ptr, size,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -93,8 +110,8 @@ def query_gradient_kernel(
     token = (token * size.num_heads + head) * S.head_dim
     out = load_rows(out_ptr + token, stored, S)
     delta = tl.sum(do.to(ACC_TYPE) * out.to(ACC_TYPE), axis=1)
-    tl.store(delta_ptr + row_id * S.m_pad + m, delta)
-    lse = tl.load(lse_ptr + row_id * S.m_pad + m)
+    tl.store(delta_ptr + row_id * S.num_queries + m, delta, mask=m < S.num_queries)
+    peak, inverse = load_stats(stats_ptr, row_id, m, S)
     query_side = seam_side(
         win_row * S.window + m // S.window, win_col * S.window + m % S.window, size, S
     )
@@ -105,22 +122,22 @@ def query_gradient_kernel(
     MIXED_END: tl.constexpr = (S.region * S.region + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for start in range(0, FINE_END, BLOCK_N):
         ds, k = score_gradient(
-            start + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            start + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
+            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
             S, True, False,
         )  # fmt: skip
         acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
     if MIXED_END > FINE_END:
         ds, k = score_gradient(
-            FINE_END + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            FINE_END + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
+            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
             S, True, True,
         )  # fmt: skip
         acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
     for start in range(MIXED_END, S.n_pad, BLOCK_N):
         ds, k = score_gradient(
-            start + tl.arange(0, BLOCK_N), q, do, lse, delta, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+            start + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
+            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
             S, False, True,
         )  # fmt: skip
         acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
@@ -131,7 +148,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def bias_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, lse_ptr, delta_ptr,
+    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, stats_ptr, delta_ptr,
     partial_ptr, seed_ptr, size, num_items, items_per_group,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -160,13 +177,13 @@ def bias_gradient_kernel(
         row, col, stored = locate_queries(m, win_row, win_col, size, S)
         q = load_rows(token_rows(query, batch, row, col, head), stored, S)
         do = load_rows(token_rows(grad_out, batch, row, col, head), stored, S)
-        lse = tl.load(lse_ptr + row_id * S.m_pad + m)
-        delta = tl.load(delta_ptr + row_id * S.m_pad + m)
+        peak, inverse = load_stats(stats_ptr, row_id, m, S)
+        delta = load_delta(delta_ptr, row_id, m, S)
         query_side = seam_side(
             win_row * S.window + m // S.window, win_col * S.window + m % S.window, size, S
         )
         ds, _ = score_gradient(
-            n, q, do, lse, delta, m, query_side, bias_rows, row_id, seed_ptr, batch, head,
+            n, q, do, peak, inverse, delta, m, query_side, bias_rows, row_id, seed_ptr, batch, head,
             win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, True, True,
         )  # fmt: skip
         acc += ds
@@ -176,7 +193,7 @@ def bias_gradient_kernel(
 
 @triton.jit
 def key_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_t_ptr, lse_ptr, delta_ptr,
+    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_t_ptr, stats_ptr, delta_ptr,
     grad_key_ptr, grad_value_ptr, seed_ptr, size, level_start,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC_TYPE: tl.constexpr,
     FINE: tl.constexpr, FIRST: tl.constexpr, SUB: tl.constexpr, CELLS: tl.constexpr,
@@ -255,8 +272,8 @@ def key_gradient_kernel(
                 q_row, q_col, q_stored = locate_queries(m, win_row, win_col, size, S)
                 q = load_rows(token_rows(query, batch, q_row, q_col, head), q_stored, S)
                 do = load_rows(token_rows(grad_out, batch, q_row, q_col, head), q_stored, S)
-                lse = tl.load(lse_ptr + row_id * S.m_pad + m)
-                delta = tl.load(delta_ptr + row_id * S.m_pad + m)
+                peak, inverse = load_stats(stats_ptr, row_id, m, S)
+                delta = load_delta(delta_ptr, row_id, m, S)
                 score = tl.dot(k, tl.trans(q), input_precision=S.precision, out_dtype=ACC_TYPE)
                 bias = tl.load(bias_base + slot[:, None] * S.m_pad + m[None, :])
                 score = score * S.score_factor + bias.to(ACC_TYPE)  # [BLOCK_K, BLOCK_M]
@@ -267,7 +284,7 @@ def key_gradient_kernel(
                         win_col * S.window + m % S.window, size, S,
                     )  # fmt: skip
                     score = exclude(score, query_side[None, :], side[:, None], True, S, True, True)
-                weight = tl.exp2(score - lse[None, :])
+                weight = tl.exp2(score - peak[None, :]) * inverse[None, :]
                 d_weight = tl.dot(v, tl.trans(do), input_precision=S.precision, out_dtype=ACC_TYPE)
                 kept = weight
                 if S.drop_threshold > 0:
@@ -291,7 +308,7 @@ def launch_backward(
     value: Tensor,
     bias: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels.
@@ -303,7 +320,7 @@ def launch_backward(
         value: as there.
         bias: as there.
         out: What forward returned.
-        lse: What forward returned.
+        stats: What forward returned.
         problem: Sizes, coarse maps and tile sizes of this call.
 
     Returns:
@@ -317,7 +334,7 @@ def launch_backward(
     grads = (grad_query, grad_key, grad_value, grad_coarse_key, grad_coarse_value)
     if query.numel() == 0:
         return (*grads[:3], torch.zeros_like(bias), *grads[3:])
-    delta = torch.empty_like(lse)
+    delta = stats.new_empty(stats.shape[:3] + stats.shape[4:])
     tile, batch, heads = problem.tile, query.shape[0], query.shape[3]
     maps = {
         "query": token_map(query),
@@ -326,7 +343,7 @@ def launch_backward(
         "grad_out": token_map(grad_out),
         "coarse_k_ptr": problem.coarse_key,
         "coarse_v_ptr": problem.coarse_value,
-        "lse_ptr": lse,
+        "stats_ptr": stats,
         "delta_ptr": delta,
         **problem.common_arguments(),
         "num_warps": tile.num_warps,
@@ -346,7 +363,7 @@ def launch_backward(
     tiles = problem.shape.n_pad // tile.block_n * problem.query_blocks
     per_group = -(-items // max(1, min(items, BIAS_PROGRAMS // (tiles * heads))))
     groups = -(-items // per_group)
-    partial = lse.new_empty(groups, heads, problem.shape.m_pad, problem.shape.n_pad)
+    partial = stats.new_empty(groups, heads, problem.shape.m_pad, problem.shape.n_pad)
     bias_gradient_kernel[(tiles, heads, groups)](
         **maps,
         bias_ptr=padded_bias,

@@ -4,14 +4,15 @@
 
 Layouts: q, k, v `[batch, height, width, heads, head_dim]` with any strides but a contiguous last
 axis (views of a fused qkv projection are read in place); the pooled maps of all coarse levels
-packed, `[batch, coarse_cells, heads, head_dim]`; out contiguous, as q; lse
-`[batch, windows, heads, m_pad]`.
+packed, `[batch, coarse_cells, heads, head_dim]`; out contiguous, as q; stats
+`[batch, windows, heads, 2, window²]`.
 
 Grid: (windows · query blocks, heads, batch). A program walks over the keys of its window in
 canonical order, first the tiles that hold fine keys alone, then the rest, with an online softmax in
 base 2. The bias comes multiplied by log2(e) and padded to whole tiles with -inf, so that no score
-needs a mask for the tile's end. Saved for backward: lse, the base-2 logarithm of the sum of
-exponentials, +inf for a query without any key, so that backward finds its weights to be zero.
+needs a mask for the tile's end. Saved for backward: each query's largest score and one over its sum
+of exponentials, both 0 for a query without any key. Their usual union, the logarithm of the sum of
+exponentials, would lose the digits of large scores to rounding.
 """
 
 import torch
@@ -67,7 +68,7 @@ def attend_tile(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, lse_ptr, seed_ptr, size,
+    query, key, value, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, stats_ptr, seed_ptr, size,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """See the top of this file."""
@@ -119,12 +120,15 @@ def forward_kernel(
 
     # -- finish and store
     no_key = peak == -float("inf")
-    acc = acc / tl.where(no_key, 1.0, total)[:, None]
-    lse = tl.where(no_key, float("inf"), peak + tl.log2(tl.where(no_key, 1.0, total)))
+    total = tl.where(no_key, 1.0, total)
+    acc = acc / total[:, None]
+    inverse = tl.where(no_key, 0.0, 1.0 / total)
     token = (batch.to(tl.int64) * size.height + row) * size.width + col
     out_rows = out_ptr + (token * size.num_heads + head) * S.head_dim
     store_rows(out_rows, acc, stored, S)
-    tl.store(lse_ptr + row_id * S.m_pad + m, lse)
+    stats = stats_ptr + row_id * 2 * S.num_queries + m
+    tl.store(stats, tl.where(no_key, 0.0, peak), mask=m < S.num_queries)
+    tl.store(stats + S.num_queries, inverse, mask=m < S.num_queries)
 
 
 def launch_forward(
@@ -140,12 +144,13 @@ def launch_forward(
         problem: Sizes, coarse maps and tile sizes of this call.
 
     Returns:
-        ``out`` as ``query`` and contiguous, and ``lse`` `[batch, windows, heads, m_pad]`, base 2.
+        ``out`` as ``query`` and contiguous, and the statistics that backward needs,
+        `[batch, windows, heads, 2, window²]`: largest score (base 2), one over the sum.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = problem.new_rows(query)
+    stats = problem.new_stats(query)
     if query.numel() == 0:
-        return out, lse
+        return out, stats
     tile = problem.tile
     grid = (problem.num_windows * problem.query_blocks, query.shape[3], query.shape[0])
     forward_kernel[grid](
@@ -156,11 +161,11 @@ def launch_forward(
         coarse_v_ptr=problem.coarse_value,
         bias_ptr=problem.padded_bias(bias),
         out_ptr=out,
-        lse_ptr=lse,
+        stats_ptr=stats,
         **problem.common_arguments(),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out, lse
+    return out, stats

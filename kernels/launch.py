@@ -6,7 +6,7 @@ The table is plain Python: tuning is a measurement that rewrites it, never a sea
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,20 +18,11 @@ from torch import Tensor
 
 from kernels.dropout import keep_threshold
 from kernels.geometry import FocalGeometry
+from kernels.launch_table import ANY_TARGET, TABLE, Tile
 from kernels.tiles import CoarseLevel, PoolShape, Shape, Size, TokenMap
 
 LOG2E = 1.4426950408889634
 __all__ = ["PoolProblem", "Problem", "Tile", "pick_tile", "sum_dtype", "token_map"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tile sizes and launch options; a key tile of backward holds ``block_m`` keys."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -50,30 +41,39 @@ class KeyLevel:
     block_k: int
 
 
-# (head_dim rounded up, bytes per element) -> Tile. Larger heads and wider types take smaller tiles,
-# so that two tiles of keys and values, the scores and the sums fit in the registers of four warps.
-TILES = {
-    (16, 2): Tile(64, 32, 4, 2),
-    (32, 2): Tile(64, 32, 4, 2),
-    (64, 2): Tile(64, 32, 4, 2),
-    (128, 2): Tile(64, 32, 8, 1),
-    (16, 4): Tile(64, 32, 4, 1),
-    (32, 4): Tile(64, 32, 4, 1),
-    (64, 4): Tile(32, 32, 4, 1),
-    (128, 4): Tile(32, 16, 4, 1),
-}
 FLOAT64_TILE = Tile(64, 64, 4, 1)  # float64 runs under the interpreter alone, where fewer is faster
 LARGEST_HEAD_TILE = Tile(16, 16, 8, 1)
 
 
-def pick_tile(head_dim: int, dtype: torch.dtype, num_queries: int) -> Tile:
-    """The launch configuration for a head; windows of few queries take a smaller query tile."""
+def pick_tile(
+    kernel: str, head_dim: int, dtype: torch.dtype, num_queries: int, target: str = ANY_TARGET
+) -> Tile:
+    """The launch configuration for a head; windows of few queries take a smaller query tile.
+
+    Args:
+        kernel: ``"forward"``, ``"query_gradient"``, ``"bias_gradient"`` or ``"key_gradient"``.
+        head_dim: Numbers of a head.
+        dtype: Of query, key and value.
+        num_queries: Queries of a window.
+        target: Architecture, as `device_target` names it.
+    """
     if dtype == torch.float64:
         tile = FLOAT64_TILE
     else:
-        tile = TILES.get((padded_head_dim(head_dim), dtype.itemsize), LARGEST_HEAD_TILE)
+        key = (kernel, padded_head_dim(head_dim), dtype.itemsize)
+        tile = TABLE.get((*key, target)) or TABLE.get((*key, ANY_TARGET), LARGEST_HEAD_TILE)
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(num_queries)))
-    return Tile(block_m, tile.block_n, tile.num_warps, tile.num_stages)
+    return replace(tile, block_m=block_m)
+
+
+def device_target(device: torch.device) -> str:
+    """A device's architecture as the launch table names it: "sm_90", "gfx942"; else "any"."""
+    if device.type != "cuda":
+        return ANY_TARGET
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -134,7 +134,7 @@ class Problem:
     @cached_property
     def tile(self) -> Tile:
         """Tile sizes and launch options."""
-        return pick_tile(self.query_shape[4], self.dtype, self.geometry.num_queries)
+        return pick_tile("forward", self.query_shape[4], self.dtype, self.geometry.num_queries)
 
     @cached_property
     def shape(self) -> Shape:
@@ -149,6 +149,7 @@ class Problem:
             window=geometry.window_size,
             region=geometry.levels[0].region_size,
             coarse=tuple(coarse),
+            num_queries=geometry.num_queries,
             num_keys=geometry.num_keys,
             shift=geometry.shift,
             wrap=geometry.boundary == "wrap",
@@ -179,9 +180,10 @@ class Problem:
         """Query tiles of a window."""
         return self.m_pad // self.tile.block_m
 
-    def new_rows(self, like: Tensor) -> Tensor:
-        """Empty `[batch, windows, heads, m_pad]`: one number per query, windows in a row."""
-        sizes = (self.query_shape[0], self.num_windows, self.query_shape[3], self.m_pad)
+    def new_stats(self, like: Tensor) -> Tensor:
+        """Empty `[batch, windows, heads, 2, window²]`: two numbers per query."""
+        batch, _, _, heads, _ = self.query_shape
+        sizes = (batch, self.num_windows, heads, 2, self.geometry.num_queries)
         return torch.empty(sizes, dtype=sum_dtype(self.dtype), device=like.device)
 
     @cached_property

@@ -196,7 +196,7 @@ def _attention(
 @_attention.register_fake
 def _(query, key, value, bias, coarse_key, coarse_value, *settings):
     problem = _problem(query, coarse_key, coarse_value, *settings)
-    return query.new_empty(query.shape), problem.new_rows(query)
+    return query.new_empty(query.shape), problem.new_stats(query)
 
 
 @torch.library.custom_op("focal::attention_backward", mutates_args=())
@@ -209,7 +209,7 @@ def _attention_backward(
     coarse_key: Tensor,
     coarse_value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
@@ -219,7 +219,7 @@ def _attention_backward(
     settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     problem = _problem(query, coarse_key, coarse_value, *settings)
     grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
-    return launch_backward(grad_out, query, key, value, bias, out, lse, problem)
+    return launch_backward(grad_out, query, key, value, bias, out, stats, problem)
 
 
 @_attention_backward.register_fake
@@ -236,7 +236,7 @@ def _setup_attention(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward_attention(ctx, grad_out, _grad_lse):
+def _backward_attention(ctx, grad_out, _grad_stats):
     if grad_out is None:
         return (None,) * 11
     *tensors, seed = ctx.saved_tensors
@@ -252,5 +252,5 @@ def _(query, key, value, bias, coarse_key, coarse_value, code, *settings, out_sh
 
 
 @register_flop_formula(torch.ops.focal.attention_backward)
-def _(d_out, query, key, value, bias, coarse_key, coarse_value, out, lse, code, *rest, out_shape):
+def _(d_out, query, key, value, bias, coarse_key, coarse_value, out, stats, code, *rest, out_shape):
     return backward_flops(query, code)

@@ -49,6 +49,7 @@ class Shape(NamedTuple):
     window: int
     region: int
     coarse: tuple[CoarseLevel, ...]
+    num_queries: int
     num_keys: int
     shift: int
     wrap: bool
@@ -86,7 +87,7 @@ def locate_queries(m, win_row, win_col, size, S: tl.constexpr):
     """Stored row and column of query ``m`` of a window, and whether the map holds such a token."""
     row = unroll(win_row * S.window + m // S.window, size.pad_h, S)
     col = unroll(win_col * S.window + m % S.window, size.pad_w, S)
-    stored = (m < S.window * S.window) & (row < size.height) & (col < size.width)
+    stored = (m < S.num_queries) & (row < size.height) & (col < size.width)
     return row, col, stored
 
 

@@ -147,8 +147,8 @@ def test_triton_attention_of_several_windows_is_registered_soundly():
 def test_triton_attention_backward_is_registered_soundly(dtype):
     case = TWO_COARSE
     inputs = (*maps(case, dtype, False), bias(case, dtype, False), *packed(case, dtype, False))
-    out, lse = torch.ops.focal.attention.default(*inputs, *settings(case, 0.0))
-    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs, out, lse)
+    out, stats = torch.ops.focal.attention.default(*inputs, *settings(case, 0.0))
+    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs, out, stats)
     torch.library.opcheck(
         torch.ops.focal.attention_backward.default, (*arguments, *settings(case, 0.0))
     )
@@ -252,12 +252,12 @@ def test_nothing_of_the_size_of_scores_or_gathered_keys_is_saved(backend, dropou
     sizes = {x.untyped_storage().data_ptr(): x.numel() for x in saved}
     assert max(sizes.values()) <= max(map_size, bias_size)
     # Query, key, value, out; in eager mode key and value padded and rolled for pooling; the bias,
-    # the coarse maps and lse are small.
+    # the coarse maps and the statistics are small.
     assert sum(sizes.values()) <= 8 * map_size + bias_size
 
 
 @needs_interpreter
-def test_triton_saves_its_inputs_its_output_and_lse_alone():
+def test_triton_saves_its_inputs_its_output_and_statistics_alone():
     case = Case("saved", 2, ((1, 8), (2, 3)), 4, 6, 2, 3, 2)
     tensors = make_tensors(case)
     saved: list[torch.Tensor] = []
@@ -265,8 +265,8 @@ def test_triton_saves_its_inputs_its_output_and_lse_alone():
         out = attend(case, tensors, "triton")
     known = {x.data_ptr() for x in (*tensors.values(), out)}
     shapes = [tuple(x.shape) for x in saved if x.data_ptr() not in known]
-    coarse, lse = (2, 6, 2, 3), (2, 6, 2, 16)
-    assert sorted(shapes) == sorted([coarse, coarse, lse])
+    coarse, stats = (2, 6, 2, 3), (2, 6, 2, 2, 4)
+    assert sorted(shapes) == sorted([coarse, coarse, stats])
 
 
 # -- choice of backend ----------------------------------------------------------------------------
