@@ -77,9 +77,13 @@ class Deadline:
         """Negative once it has passed."""
         return self._end - time.monotonic()
 
+    def exceeds(self, seconds: float) -> bool:
+        """Whether more than ``seconds`` are left."""
+        return self.seconds_left > seconds
+
     def allows(self, contender: str) -> bool:
         """Whether the contender's longest preparation so far would end in time."""
-        return self.seconds_left > self._longest.get(contender, 0.0)
+        return self.exceeds(self._longest.get(contender, 0.0))
 
     def note(self, contender: str, seconds: float) -> None:
         """Remember how long a contender took to prepare."""
