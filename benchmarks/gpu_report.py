@@ -1,0 +1,220 @@
+"""All work that needs a GPU, in one report: benchmarks/reports/gpu.md, and gpu.json beside it.
+
+    make test-gpu bench-gpu                             # under 9 minutes, the tests included
+    python -m benchmarks.gpu_report tests               # one half
+    python -m benchmarks.gpu_report benchmarks --minutes 20
+    python -m benchmarks.gpu_report check               # the same on a CPU, at tiny sizes
+
+Every part is a process of its own with a time limit. One that fails, hangs or lacks a package says
+so in the report and takes nothing from the others; the exit code is 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.attention_report import markdown, markdown_table
+from benchmarks.timing import environment, environment_line, write_json
+
+ROOT = Path(__file__).parent.parent
+WORK = Path("outputs/gpu")  # logs and results of the parts
+REPORT = Path("benchmarks/reports/gpu.md")
+MINUTES = {"tests": 3.3, "benchmarks": 5.0}
+TEST_WORKERS = 8  # compiling takes most of the time, on the CPU; nothing is timed there
+TAIL_LINES = 60
+KERNEL_PACKAGES = ("torch", "triton", "einops", "rich")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, the packages that it needs, and its share of the time that is left."""
+
+    name: str
+    arguments: tuple[str, ...]
+    packages: tuple[str, ...] = KERNEL_PACKAGES
+    share: float = 1.0
+    takes_minutes: bool = False  # it has --minutes, and ends by itself in time
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a part."""
+
+    name: str
+    command: str
+    status: str  # "passed", "failed" or "timed out"
+    seconds: float
+    date: str
+    output: str  # its last lines
+
+
+def gpu_test_files() -> list[str]:
+    """Only these are collected: the others may import what a bare machine lacks."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text()]
+
+
+def test_part(workers: int) -> Part:
+    """The tests marked ``gpu``."""
+    options = ("-m", "gpu", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider")
+    packages = (*KERNEL_PACKAGES, "pytest", "xdist", "hypothesis")
+    return Part("tests", ("pytest", *options, *gpu_test_files()), packages)
+
+
+def benchmark_parts(device: str) -> list[Part]:
+    """The measurements, the most important first."""
+    output = str(work_folder(device))
+    attention = ("benchmarks.attention", "--device", device, "--output", output)
+    throughput = ("benchmarks.throughput", "--device", device)
+    tune = ("benchmarks.tune", "--device", device, "--dry-run", "--output", output)
+    if device == "cpu":
+        tune += ("--kernels", "forward")
+    return [
+        Part("attention", attention, share=0.6, takes_minutes=True),
+        Part("throughput", throughput, (*KERNEL_PACKAGES, "timm"), share=0.6),
+        Part("tune", tune, takes_minutes=True),
+    ]
+
+
+def work_folder(device: str) -> Path:
+    """Where the parts leave their results."""
+    return WORK if device == "cuda" else WORK.with_name("gpu-check")
+
+
+def run_part(part: Part, seconds: float, folder: Path, variables: Mapping[str, str]) -> Result:
+    """Run a part for at most ``seconds``; its result is saved in ``folder`` as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = list(part.arguments)
+    if part.takes_minutes:  # it ends before it is ended
+        arguments += ["--minutes", f"{0.85 * seconds / 60:.2f}"]
+    command = [sys.executable, "-m", *arguments]
+    start, log = time.monotonic(), folder / f"{part.name}.log"
+    missing = [name for name in part.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        status = "failed"
+        log.write_text(f'missing packages: {", ".join(missing)}; pip install -e ".[dev]"\n')
+    else:
+        with log.open("w") as file:
+            status = _run(command, seconds, file, {**os.environ, **variables})
+    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    elapsed = time.monotonic() - start
+    text = "\n".join(lines)
+    result = Result(part.name, shlex.join(["python", *command[1:]]), status, elapsed, date, text)
+    write_json(folder / f"{part.name}-result.json", asdict(result))
+    print(f"{part.name}: {status} after {elapsed:.0f} s", flush=True)
+    return result
+
+
+def _run(command: Sequence[str], seconds: float, log: Any, variables: Mapping[str, str]) -> str:
+    # A session of its own, so that workers and compilers end with it.
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=ROOT, env=dict(variables), start_new_session=True
+    )
+    try:
+        return "passed" if process.wait(timeout=max(seconds, 1.0)) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_report(path: Path, folder: Path, found: Mapping[str, str]) -> list[Result]:
+    """Put what the parts left in ``folder`` into one report; returns their results."""
+    names = ["tests", *(part.name for part in benchmark_parts("cuda"))]
+    saved = [_load(folder / f"{name}-result.json") for name in names]
+    results = [Result(**content) for content in saved if content]
+    attention = _load(folder / "attention.json")
+    outcome = [
+        (result.name, result.status, f"{result.seconds:.0f}", result.date, f"`{result.command}`")
+        for result in results
+    ]
+    sections = [
+        "# Report of a GPU run",
+        environment_line(found),
+        markdown_table(("part", "outcome", "seconds", "ended", "command"), outcome),
+    ]
+    for result in results:
+        sections.append(f"## {result.name}")
+        if result.name == "attention" and attention:
+            sections.append(markdown(attention))
+        if result.name != "attention" or result.status != "passed":
+            sections.append(f"```\n{result.output}\n```")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(sections) + "\n")
+    content = {
+        "environment": found,
+        "parts": [asdict(result) for result in results],
+        "attention": attention,
+        "tune": _load(folder / "tune.json"),
+    }
+    write_json(path.with_suffix(".json"), content)
+    return results
+
+
+def run(parts: Sequence[Part], minutes: float, device: str, variables: Mapping[str, str]) -> None:
+    """Run parts one after the other, each with its share of the time that is left."""
+    folder = work_folder(device)
+    for part in parts:  # nothing of an earlier run may pass for this one's
+        for name in (f"{part.name}.json", f"{part.name}-result.json"):
+            (folder / name).unlink(missing_ok=True)
+    end = time.monotonic() + 60 * minutes
+    for part in parts:
+        run_part(part, part.share * (end - time.monotonic()), folder, variables)
+
+
+def main() -> None:
+    """Command-line entry."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["tests", "benchmarks", "check"])
+    parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}")
+    parser.add_argument(
+        "--defer", action="store_true", help="tests: leave failures to the report of the benchmarks"
+    )
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    if arguments.what == "check":
+        found = environment(torch.device("cpu"))
+        variables = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run([test_part(0), *benchmark_parts("cpu")], arguments.minutes or 8.0, "cpu", variables)
+        report = work_folder("cpu") / REPORT.name
+        results = write_report(report, work_folder("cpu"), found)
+    elif not torch.cuda.is_available():
+        sys.exit("no GPU found; `make bench-gpu-check` runs the same on a CPU, at tiny sizes")
+    else:
+        found = environment(torch.device("cuda"))
+        tests = arguments.what == "tests"
+        parts = [test_part(TEST_WORKERS)] if tests else benchmark_parts("cuda")
+        minutes = arguments.minutes or MINUTES[arguments.what]
+        run(parts, minutes, "cuda", {"TRITON_INTERPRET": "0"})
+        report = REPORT
+        results = write_report(report, work_folder("cuda"), found)
+    print(f"report: {report}")
+    failed = [result.name for result in results if result.status != "passed"]
+    if failed and not arguments.defer:
+        sys.exit(f"not passed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
