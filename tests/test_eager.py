@@ -1,5 +1,7 @@
 """The eager backend against the oracle: output and every gradient."""
 
+from itertools import product
+
 import pytest
 import torch
 from cases import (
@@ -19,7 +21,8 @@ from cases import (
 )
 from hypothesis import given, settings
 
-from kernels import eager
+from kernels import FocalGeometry, eager
+from kernels.eager_windows import make_plan
 
 LAYOUTS = pytest.mark.parametrize("layout", [fused, heads_first, channels_first])
 LARGE = Case("stage", 7, ((1, 13), (7, 5)), 23, 30, heads=2, head_dim=6, batch=3, shift=3)
@@ -63,35 +66,41 @@ def test_strided_inputs_give_the_same(case, layout):
     check(case, layout)
 
 
-# One band of windows holds 11 or 12 windows of LARGE: 1 gives single rows of windows and single
-# images, the others several rows, then several images.
-@pytest.mark.parametrize("small_steps", [1, 220_000, 800_000, 2_000_000], indirect=True)
+# LARGE has four rows of five windows, of 21 364 scores each: the budgets give single windows, parts
+# of a row, rows, single images and several images.
+@pytest.mark.parametrize("small_steps", [1, 50_000, 220_000, 800_000, 2_000_000], indirect=True)
 @pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
 def test_bands_and_groups_of_images_give_the_same(case, small_steps):
     check(case)
 
 
-def test_steps_cover_every_window_and_image_once():
-    eager._bands.cache_clear()
-    geometry = LARGE.geometry
-    tensors = {name: x.detach() for name, x in make_tensors(LARGE).items()}
-    rows, cols = geometry.num_windows(LARGE.height, LARGE.width)
+def test_steps_cover_every_window_of_every_image_once():
+    geometry, size = LARGE.geometry, (LARGE.height, LARGE.width)
+    rows, cols = geometry.num_windows(*size)
     per_window = LARGE.heads * geometry.num_queries * geometry.num_keys
-    # Budgets of one, two, four, ten and sixty windows.
-    for windows in (1, 2 * cols, 4 * cols, 2 * rows * cols, 100):
-        eager._bands.cache_clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(eager.SCORES_PER_STEP, "cpu", windows * per_window)
-            maps = [tensors["key"], tensors["key"].new_zeros(3, rows, cols, 2, 6)]
-            steps = eager._steps(tensors["query"], maps, maps, tensors["bias"], geometry, (23, 30))
-            seen = [
-                (image, row)
-                for step in steps
-                for image in range(*step.images.indices(LARGE.batch))
-                for row in range(step.band.first, step.band.last)
-            ]
-        assert sorted(seen) == [(image, row) for image in range(3) for row in range(rows)]
-    eager._bands.cache_clear()
+    # Budgets of one window, a part of a row, one, two and four rows, two images, and everything.
+    for windows in (1, 2, cols, 2 * cols, 4 * cols, 2 * rows * cols, 100):
+        budget = windows * per_window
+        plan = make_plan(geometry, size, size, LARGE.heads, torch.device("cpu"), budget)
+        seen = [
+            (loaded.start + image, row, col)
+            for loaded in plan.loads(LARGE.batch)
+            for band, images in plan.steps(loaded)
+            for image in range(images.start, images.stop)
+            for row in range(band.rows.start, band.rows.stop)
+            for col in range(band.cols.start, band.cols.stop)
+        ]
+        assert sorted(seen) == list(product(range(LARGE.batch), range(rows), range(cols)))
+        assert max(band.num_windows for band in plan.bands) * plan.images <= windows
+
+
+def test_inner_bands_share_their_masks():
+    geometry = FocalGeometry(2, ((1, 4), (2, 3)))
+    plan = make_plan(geometry, (20, 6), (20, 6), 1, torch.device("cpu"), budget=1)
+    assert len(plan.bands) == 30
+    # At both edges and between, along both axes; the middle one excludes nothing.
+    kinds = {id(band.excluded) for band in plan.bands}
+    assert len(kinds) == 9
 
 
 def test_an_expanded_gradient_gives_the_same():
