@@ -49,8 +49,9 @@ def focal_attention(
     excluded = (key_index < 0)[:, None, :].repeat(1, geometry.num_queries, 1)
     excluded[:, :, geometry.window_key_slots().to(seam.device)] |= seam
     score = (score + bias.to(score.dtype)).masked_fill(excluded[:, None], -torch.inf)
-    # A query without any key attends nothing: its weights are zero, not NaN.
-    no_key = excluded.all(dim=-1)[:, None, :, None]
+    # A query without any key, by the geometry or by -inf in the bias, attends nothing: its weights
+    # are zero, not NaN.
+    no_key = (score == -torch.inf).all(dim=-1, keepdim=True)
     weight = score.masked_fill(no_key, 0.0).softmax(dim=-1).masked_fill(no_key, 0.0)
     if dropout_p > 0.0:
         weight = weight * _keep(dropout_seed, dropout_p, weight) / (1.0 - dropout_p)

@@ -27,6 +27,8 @@ from hypothesis import given, settings
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = needs_interpreter
 
+from sanitizer import Sanitizer  # noqa: E402
+
 from kernels import backward, forward, launch, ops, pooling  # noqa: E402
 
 SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=1, shift=1)
@@ -37,7 +39,10 @@ def check(case: Case, layout=dict, gradient: torch.Tensor | None = None) -> None
     tensors = make_tensors(case)
     gradient = random_gradient(case) if gradient is None else gradient
     expected = run(case, tensors, "reference", gradient)
-    assert_same(run(case, tensors, "triton", gradient, layout), expected)
+    with Sanitizer(protected=[*tensors.values(), gradient]) as sanitizer:
+        got = run(case, tensors, "triton", gradient, layout)
+    assert not sanitizer.findings
+    assert_same(got, expected)
 
 
 # -- against the oracle ---------------------------------------------------------------------------

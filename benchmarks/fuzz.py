@@ -1,0 +1,510 @@
+"""The backends against the oracle on random calls: any geometry, border, stride, dtype, size.
+
+    python -m benchmarks.fuzz --cases 2000 --seed 1         # every backend that can run here
+    python -m benchmarks.fuzz --minutes 10 --backends triton
+    python -m benchmarks.fuzz --replay "Call(case=Case(...), ...)"
+
+Hypothesis draws the calls and shrinks the first one that fails; it is printed in a form that
+``--replay`` takes, and the command exits with 1. At the end it prints how many calls ran.
+
+In float64 the output and every gradient must be the oracle's within 1e-10. In lower precision the
+error against the oracle in float64 is measured in units of the plain error: that of the oracle in
+the same precision, or of the oracle in float64 with one rounding per operation, whichever is
+larger (a plain result may be exact by luck). One call may exceed the unit by chance, all the more
+the fewer numbers a tensor has; over a whole run the root mean square may be 2 at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not torch.cuda.is_available():  # Triton reads it when the kernels are decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from benchmarks.interpreter import patch_once_per_launch
+from benchmarks.operator_cases import Case, Tensors, cases, make_pooling, make_tensors
+from kernels import focal_attention, resolve_backend
+
+__all__ = ["BACKENDS", "Call", "Fuzzer", "MismatchError", "calls", "main"]
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    name: partial(focal_attention, backend=name) for name in ("eager", "triton")
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16
+)}  # fmt: skip
+TOLERANCE = 1e-10  # of float64, absolute and relative
+LIMIT = 2.0  # of the root mean square error in lower precision, in plain errors
+ENOUGH = 50  # calls after which the root mean square is held to its limit
+NOISE_DRAWS = 3
+CHUNK = 50  # calls that hypothesis draws in one go
+NO_LIMIT = 10**9
+MOST_WINDOWS = 8  # times images times heads: what the interpreter runs in about a second
+
+
+class MismatchError(AssertionError):
+    """A backend whose output or gradient is not the oracle's."""
+
+
+# -- calls ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator and of its backward, as plain data.
+
+    Args:
+        case: Geometry and sizes.
+        dtype: A key of `DTYPES`.
+        joint: Whether query, key and value are ``"separate"``, ``"fused"`` views of one projection
+            or one and the same (``"tied"``).
+        layouts: Keys of `LAYOUTS`, for query, key, value and the ready-made maps.
+        bias: Layout of the bias or what it excludes, a key of `BIASES`.
+        bias_float32: Whether the bias is float32 whatever ``dtype`` is.
+        gradient: Of the output, a key of `GRADIENTS`.
+        scale: As `kernels.focal_attention` takes it.
+        spread: Factor on the queries: how large scores are.
+        seed: Of the tensors' numbers.
+    """
+
+    case: Case
+    dtype: str = "float64"
+    joint: str = "separate"
+    layouts: tuple[str, str, str, str] = ("plain",) * 4
+    bias: str = "plain"
+    bias_float32: bool = False
+    gradient: str = "plain"
+    scale: float | None = None
+    spread: float = 1.0
+    seed: int = 0
+
+
+def _laid_out(*order: int) -> Callable[[Tensor], Tensor]:
+    """Memory in another order of axes, the shape unchanged."""
+    back = [order.index(axis) for axis in range(len(order))]
+    return lambda x: x.permute(order).contiguous().permute(back)
+
+
+def _inside(x: Tensor) -> Tensor:
+    """A view of a larger tensor of NaN."""
+    padded = F.pad(x, (1, 1) * x.dim(), value=math.nan)
+    return padded[tuple(slice(1, -1) for _ in x.shape)]
+
+
+def _stepped(dim: int) -> Callable[[Tensor], Tensor]:
+    """Every other entry along one axis of a tensor that holds NaN in between."""
+
+    def view(x: Tensor) -> Tensor:
+        both = torch.stack([x, torch.full_like(x, math.nan)], dim + 1).flatten(dim, dim + 1)
+        return both[(slice(None),) * dim + (slice(0, None, 2),)]
+
+    return view
+
+
+def _shared(*dims: int) -> Callable[[Tensor], Tensor]:
+    """One entry along each of these axes stands for all: stride 0."""
+    return lambda x: x[tuple(slice(1 if d in dims else None) for d in range(5))].expand_as(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "heads first": _laid_out(0, 3, 1, 2, 4),
+    "columns first": _laid_out(0, 2, 1, 3, 4),
+    "channels first": _laid_out(0, 3, 4, 1, 2),
+    "inside": _inside,
+    "stepped columns": _stepped(2),
+    "stepped channels": _stepped(4),
+    "shared by images": _shared(0),
+    "shared by columns": _shared(2),
+    "shared by heads and channels": _shared(3, 4),
+}
+
+
+def _exclude(bias: Tensor, rows: bool) -> Tensor:
+    """-inf in every third entry, or in every entry of every third row."""
+    count = bias.shape[1] if rows else bias.numel()
+    chosen = torch.arange(count, device=bias.device) % 3 == 0
+    chosen = chosen.view(1, -1, 1) if rows else chosen.view_as(bias)
+    return bias.masked_fill(chosen, -math.inf)
+
+
+BIASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "shared by heads": lambda x: x[:1].expand_as(x),
+    "shared by queries": lambda x: x[:, :1].expand_as(x),
+    "entries excluded": partial(_exclude, rows=False),
+    "rows excluded": partial(_exclude, rows=True),
+}
+GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: LAYOUTS[name] for name in ("plain", "channels first", "inside", "shared by columns")
+} | {"ones": lambda x: x.new_ones(()).expand_as(x), "zeros": torch.zeros_like}
+
+
+@st.composite
+def calls(draw: Callable, dtypes: Sequence[str] = tuple(DTYPES)) -> Call:
+    """Every kind of call, small enough for the interpreter."""
+    case = replace(
+        draw(cases(largest_window=5, largest_side=9)),
+        batch=draw(st.sampled_from((1, 1, 2, 3, 0))),
+        heads=draw(st.sampled_from((1, 1, 2, 3))),
+        head_dim=draw(st.sampled_from((1, 2, 3, 5, 8, 17))),
+        dropout_p=draw(st.sampled_from((0.0, 0.0, 0.3, 0.9))),
+    )
+    sides = (case.height, case.width)
+    windows = math.prod(case.geometry.num_windows(*sides)) * case.batch * case.heads
+    if windows > MOST_WINDOWS:  # at most two windows along each axis
+        height, width = (min(side, 2 * case.window) for side in sides)
+        inner = case.map_size and (min(case.map_size[0], height), min(case.map_size[1], width))
+        case = replace(case, height=height, width=width, map_size=inner)
+    layouts = tuple(draw(st.sampled_from(tuple(LAYOUTS))) for _ in range(4))
+    return Call(
+        case,
+        draw(st.sampled_from(tuple(dtypes))),
+        draw(st.sampled_from(("separate", "separate", "fused", "tied"))),
+        layouts,  # type: ignore[arg-type]
+        draw(st.sampled_from(tuple(BIASES))),
+        draw(st.booleans()),
+        draw(st.sampled_from(tuple(GRADIENTS))),
+        draw(st.sampled_from((None, 1.0, -0.7, 0.0))),
+        draw(st.sampled_from((1.0, 1.0, 10.0))),
+        draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+# -- running one ----------------------------------------------------------------------------------
+
+
+def _leaves(call: Call, device: str) -> Tensors:
+    """What the gradients of a call are taken of, by name."""
+    dtype = DTYPES[call.dtype]
+    tensors = make_tensors(call.case, dtype, device, call.seed)
+    if call.bias_float32 and call.dtype != "float64":
+        tensors["bias"] = tensors["bias"].detach().float().requires_grad_()
+    tensors["query"] = (tensors["query"].detach() * call.spread).requires_grad_()
+    if call.joint == "tied":
+        del tensors["key"], tensors["value"]
+    return tensors
+
+
+def _arguments(call: Call, leaves: Tensors) -> Tensors:
+    """The operator's tensors: views of the leaves as the call lays them out."""
+    tensors = dict(leaves)
+    names = ("query", "key", "value")
+    if call.joint == "tied":
+        view = LAYOUTS[call.layouts[0]](tensors["query"])
+        tensors |= dict.fromkeys(names, view)
+    elif call.joint == "fused":
+        qkv = torch.stack([tensors[name] for name in names], dim=3)
+        tensors |= dict(zip(names, qkv.unbind(3), strict=True))
+    else:
+        for name, layout in zip(names, call.layouts, strict=False):
+            tensors[name] = LAYOUTS[layout](tensors[name])
+    for name in tensors:
+        if name.startswith("coarse"):
+            tensors[name] = LAYOUTS[call.layouts[3]](tensors[name])
+    tensors["bias"] = BIASES[call.bias](tensors["bias"])
+    return tensors
+
+
+def _grad_out(call: Call, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(call.seed + 1)
+    gradient = torch.randn(call.case.shape, generator=generator, dtype=torch.float64)
+    return gradient.to(device, DTYPES[call.dtype])
+
+
+def _run(
+    function: Callable[..., Tensor], call: Call, leaves: Tensors, gradient: Tensor, plain: bool
+) -> Tensors:
+    """Output and gradients; ``plain`` hands over contiguous copies whatever the layouts are."""
+    case, tensors = call.case, _arguments(call, leaves)
+    gradient = GRADIENTS[call.gradient](gradient)
+    if plain:
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+        gradient = gradient.contiguous()
+    seed = torch.tensor([call.seed], device=gradient.device) if case.dropout_p else None
+    out = function(
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        tensors["bias"],
+        geometry=case.geometry,
+        pooling=make_pooling(case, tensors),
+        scale=call.scale,
+        map_size=case.map_size,
+        dropout_p=case.dropout_p,
+        dropout_seed=seed,
+    )
+    grads = torch.autograd.grad(out, list(leaves.values()), gradient)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+_oracle = partial(_run, partial(focal_attention, backend="reference"), plain=True)
+
+
+class _RoundingNoise(TorchDispatchMode):
+    """float64 arithmetic, each result off by what rounding to ``dtype`` may do, at random."""
+
+    ROUNDED = (
+        torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.div,
+        torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.sum, torch.ops.aten._softmax,
+        torch.ops.aten._softmax_backward_data,
+    )  # fmt: skip
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        info = torch.finfo(dtype)
+        self.relative, self.absolute = info.eps, info.smallest_normal * info.eps
+        self.seed = seed
+
+    def __enter__(self) -> _RoundingNoise:
+        self.generators: dict[torch.device, torch.Generator] = {}
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.ROUNDED and result.dtype == torch.float64:
+            if result.device not in self.generators:
+                generator = torch.Generator(result.device).manual_seed(self.seed)
+                self.generators[result.device] = generator
+            options = {"generator": self.generators[result.device], "device": result.device}
+            relative, absolute = torch.rand(2, *result.shape, **options, dtype=torch.float64) - 0.5
+            return result * (1 + self.relative * relative) + self.absolute * absolute
+        return result
+
+
+def _errors(results: Sequence[Tensors], expected: Tensors) -> dict[str, float]:
+    """Root mean square over entries and ``results``, by tensor."""
+    means = {}
+    for name, tensor in expected.items():
+        squares = [(result[name].double() - tensor).square().mean() for result in results]
+        means[name] = torch.stack(squares).mean().sqrt().item() if tensor.numel() else 0.0
+    return means
+
+
+def _kind(name: str) -> str:
+    """The name of a tensor without its level."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def _chance(numbers: int) -> float:
+    """How many plain errors the error of a tensor of so many numbers may reach in one call."""
+    return LIMIT * (2 + 10 / math.sqrt(numbers))
+
+
+# -- running many ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Fuzzer:
+    """Runs calls, counts them, and gathers errors over all of them.
+
+    Args:
+        backends: Keys of `BACKENDS`.
+        device: Where the tensors live.
+    """
+
+    backends: Sequence[str]
+    device: str = "cpu"
+    counts: Counter = field(default_factory=Counter)
+    skipped: dict[tuple[str, str], str] = field(default_factory=dict)
+    ratios: dict[tuple[str, str, str], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def usable(self, dtype: str) -> list[str]:
+        """The backends that can run on ``dtype`` here; the others are noted with the reason."""
+        found = []
+        for name in self.backends:
+            try:
+                resolve_backend(name, torch.device(self.device), DTYPES[dtype])
+            except ValueError as error:
+                self.skipped[name, dtype] = str(error)
+            else:
+                found.append(name)
+        return found
+
+    def check(self, call: Call) -> None:
+        """Run one call on every backend.
+
+        Raises:
+            MismatchError: A result is not the oracle's.
+        """
+        leaves, gradient = _leaves(call, self.device), _grad_out(call, self.device)
+        exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+        expected = _oracle(call, exact, gradient.double())
+        for name, tensor in expected.items():
+            if not tensor.isfinite().all():
+                raise MismatchError(f"the oracle's {name} is not finite")
+        units = None
+        for backend in self.usable(call.dtype):
+            got = _run(BACKENDS[backend], call, leaves, gradient, plain=False)
+            if call.dtype == "float64":
+                self._check_exact(backend, got, expected)
+            else:
+                units = units or self._plain_errors(call, leaves, exact, gradient, expected)
+                self._check_rounded(backend, call.dtype, got, expected, units)
+            self.counts[backend, call.dtype] += 1
+
+    def _check_exact(self, backend: str, got: Tensors, expected: Tensors) -> None:
+        for name, tensor in expected.items():
+            difference = (got[name] - tensor).abs()
+            if not (difference <= TOLERANCE * (1 + tensor.abs())).all():
+                raise MismatchError(
+                    f"{backend} in float64: {name} is off by {difference.max().item():.3g}, "
+                    f"allowed {TOLERANCE:g}"
+                )
+
+    def _plain_errors(
+        self, call: Call, leaves: Tensors, exact: Tensors, gradient: Tensor, expected: Tensors
+    ) -> dict[str, float]:
+        plain = _errors([_oracle(call, leaves, gradient)], expected)
+        noisy = []
+        for draw in range(NOISE_DRAWS):
+            with _RoundingNoise(DTYPES[call.dtype], call.seed + draw):
+                noisy.append(_oracle(call, exact, gradient.double()))
+        rounded = _errors(noisy, expected)
+        return {name: max(plain[name], rounded[name]) for name in expected}
+
+    def _check_rounded(
+        self, backend: str, dtype: str, got: Tensors, expected: Tensors, units: dict[str, float]
+    ) -> None:
+        errors = _errors([got], expected)
+        for name, tensor in expected.items():
+            if not math.isfinite(units[name]):
+                continue  # the plain result overflows: nothing is promised
+            wanted = DTYPES[dtype] if name == "out" else None
+            if wanted and got[name].dtype != wanted:
+                raise MismatchError(f"{backend}: {name} is {got[name].dtype}, expected {wanted}")
+            if units[name] == 0.0:
+                if errors[name] != 0.0:
+                    raise MismatchError(f"{backend} in {dtype}: {name} should be exact")
+                continue
+            ratio = errors[name] / units[name]
+            allowed = _chance(tensor.numel())
+            if not ratio <= allowed:
+                raise MismatchError(
+                    f"{backend} in {dtype}: the error of {name} is {ratio:.3g} plain errors, "
+                    f"allowed {allowed:.3g}"
+                )
+            self.ratios[backend, dtype, _kind(name)].append(ratio)
+
+    def root_mean_squares(self) -> dict[tuple[str, str, str], float]:
+        """Errors over all calls in plain errors, by backend, dtype and kind of tensor."""
+        return {
+            key: math.sqrt(sum(x * x for x in ratios) / len(ratios))
+            for key, ratios in self.ratios.items()
+        }
+
+    def imprecise(self) -> dict[tuple[str, str, str], float]:
+        """Those of `root_mean_squares` beyond the limit."""
+        return {
+            key: ratio
+            for key, ratio in self.root_mean_squares().items()
+            if ratio > LIMIT and len(self.ratios[key]) >= ENOUGH
+        }
+
+    def run(self, count: int, seed: int, seconds: float = math.inf, dtypes=tuple(DTYPES)) -> None:
+        """Draw and check ``count`` calls, or as many as ``seconds`` allow.
+
+        Raises:
+            MismatchError: A call failed; its notes hold the smallest one found that fails.
+        """
+        end, done, chunk = time.monotonic() + seconds, 0, 0
+        while done < count and time.monotonic() < end:
+            size = min(CHUNK, count - done)
+            self._run_chunk(size, seed + 1_000_003 * chunk, end, dtypes)
+            done, chunk = done + size, chunk + 1
+
+    def _run_chunk(self, size: int, seed: int, end: float, dtypes: Sequence[str]) -> None:
+        last: list[Call] = []
+
+        @with_seed(seed)
+        @settings(
+            max_examples=size,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+        )
+        @given(calls(dtypes))
+        def check(call: Call) -> None:
+            if time.monotonic() > end and not last:
+                return
+            try:
+                self.check(call)
+            except Exception:
+                last[:] = [call]  # hypothesis ends with the smallest one
+                raise
+
+        try:
+            check()
+        except Exception as error:
+            error.add_note(f"reproduce: python -m benchmarks.fuzz --replay {str(last[0])!r}")
+            raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, help="calls to draw; 1000, or no limit with --minutes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backends", nargs="+", choices=tuple(BACKENDS), default=tuple(BACKENDS))
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--replay", help="check this one call, as a failure printed it")
+    options = parser.parse_args(argv)
+    fuzzer, started = Fuzzer(options.backends, options.device), time.monotonic()
+    limit = options.cases or (NO_LIMIT if math.isfinite(options.minutes) else 1000)
+    failed = False
+    try:
+        if options.replay:
+            names: dict[str, Any] = {"Call": Call, "Case": Case}
+            fuzzer.check(eval(options.replay, {"__builtins__": {}}, names))
+        else:
+            fuzzer.run(limit, options.seed, 60 * options.minutes, options.dtypes)
+    except Exception as error:
+        print(f"FAILED (seed {options.seed}): {type(error).__name__}: {error}")
+        print(*getattr(error, "__notes__", ()), sep="\n")
+        failed = True
+    _report(fuzzer, time.monotonic() - started)
+    return int(failed or bool(fuzzer.imprecise()))
+
+
+def _report(fuzzer: Fuzzer, seconds: float) -> None:
+    print(f"{sum(fuzzer.counts.values())} checks in {seconds:.0f} s on {fuzzer.device}")
+    for (backend, dtype), count in sorted(fuzzer.counts.items()):
+        print(f"  {backend:8} {dtype:9} {count:6} calls, output and every gradient")
+    for (backend, dtype), reason in sorted(fuzzer.skipped.items()):
+        print(f"  {backend:8} {dtype:9} skipped: {reason}")
+    if fuzzer.ratios:
+        print("error in plain errors, root mean square over the calls:")
+    for (backend, dtype, kind), ratio in sorted(fuzzer.root_mean_squares().items()):
+        calls, worst = len(fuzzer.ratios[backend, dtype, kind]), "TOO LARGE"
+        mark = worst if (backend, dtype, kind) in fuzzer.imprecise() else ""
+        print(f"  {backend:8} {dtype:9} {kind:14} {ratio:6.2f} ({calls}) {mark}".rstrip())
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_once_per_launch()
+    sys.exit(main())
