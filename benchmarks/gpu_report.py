@@ -82,12 +82,11 @@ def benchmark_parts(device: str) -> list[Part]:
     attention = ("benchmarks.attention", "--device", device, "--output", output)
     throughput = ("benchmarks.throughput", "--device", device)
     tune = ("benchmarks.tune", "--device", device, "--dry-run", "--output", output)
-    if device == "cpu":
-        tune += ("--kernels", "forward")
+    fewer = ("--kernels", "forward") if device == "cpu" else ()
     return [
         Part("attention", attention, share=0.6, takes_minutes=True),
         Part("throughput", throughput, (*KERNEL_PACKAGES, "timm"), share=0.6),
-        Part("tune", tune, takes_minutes=True),
+        Part("tune", tune + fewer, takes_minutes=True),
     ]
 
 

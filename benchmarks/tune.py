@@ -28,12 +28,12 @@ from unittest import mock
 import torch
 
 from benchmarks.attention import Checker, Deadline, reason_of
-from benchmarks.codegen import KERNELS, Case
+from benchmarks.codegen import Case
 from benchmarks.contenders import CONTENDERS, OURS, Call, draw_call
 from benchmarks.launch_file import Key, rewrite
 from benchmarks.timing import environment, interleave, write_json
 from benchmarks.workloads import TRAINING, released_cases, tiny_cases
-from kernels import launch_table
+from kernels import backward, forward, launch_table
 from kernels.launch import device_target, padded_head_dim, pick_tile
 from kernels.launch_table import TABLE, Tile
 
@@ -144,13 +144,13 @@ class _Tap:
 
 @contextmanager
 def tapped() -> Iterator[list[Launched]]:
-    """Within it, launches of the operator's kernels are kept."""
+    """Within it, launches of the attention kernels are kept."""
     launches: list[Launched] = []
     with ExitStack() as stack:
-        for module, names in KERNELS.items():
-            for name in names:
-                tap = _Tap(getattr(module, name), launches)
-                stack.enter_context(mock.patch.object(module, name, tap))
+        for kernel in TUNED:
+            module, name = (forward if kernel == "forward" else backward), f"{kernel}_kernel"
+            tap = _Tap(getattr(module, name), launches)
+            stack.enter_context(mock.patch.object(module, name, tap))
         yield launches
 
 

@@ -70,8 +70,13 @@ def pairs(case: Case) -> int:
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
         keys += (first & (ordered >= 0)).sum(1)
-    is_key = key_index[:, geometry.window_key_slots()] >= 0
-    apart = geometry.seam_mask(*size) & stored[:, :, None] & is_key[:, None, :]
+    # A pair that a seam parts takes part all the same if the window meets the key around it again.
+    in_window = torch.zeros(geometry.keys_per_level[0], dtype=torch.bool)
+    in_window[geometry.window_key_slots()] = True
+    fine = key_index[:, : len(in_window)]
+    inside, around = fine[:, in_window], fine[:, ~in_window]
+    parted = (inside >= 0) & ~(inside[:, :, None] == around[:, None, :]).any(2)
+    apart = geometry.seam_mask(*size) & stored[:, :, None] & parted[:, None, :]
     return int((stored.sum(1) * keys).sum() - apart.sum())
 
 

@@ -1,0 +1,489 @@
+"""The attention benchmark, the tuner and the GPU report, on sizes for a CPU; nothing is timed."""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import attention, contenders, gpu_report, timing, tune
+from benchmarks.attention import Checker, Deadline, Plan, gpu_plans, measure, run_plans
+from benchmarks.attention_report import Row, markdown
+from benchmarks.codegen import Case
+from benchmarks.contenders import CONTENDERS, OURS, draw_call
+from benchmarks.gpu_report import Part, run_part, write_report
+from benchmarks.launch_file import read_entries, rewrite
+from benchmarks.tune import Bench, RefusedError, neighbours, walk
+from benchmarks.workloads import FORWARD, TRAINING, WORKS, pairs, tiny_cases, useful_work
+from kernels import FocalGeometry, FocalLevel, launch_table
+from kernels.launch_table import TABLE, Tile
+from kernels.ops import INTERPRETED
+
+CPU = torch.device("cpu")
+
+
+def case(name, window, levels, height, width, boundary="wrap", shift=0, heads=2, batch=2):
+    geometry = FocalGeometry(window, tuple(FocalLevel(*x) for x in levels), boundary, shift)
+    return Case(name, geometry, height, width, heads, 16, batch)
+
+
+ODD = [
+    *tiny_cases(),
+    case("released", 7, ((1, 13), (7, 5)), 30, 23, heads=1, batch=1),
+    case("padded and shifted", 3, ((1, 5), (3, 3)), 7, 8, shift=1),
+    case("three levels, masked", 4, ((1, 6), (2, 4), (4, 3)), 10, 9, "mask", 1),
+    case("masked, smaller than the window", 4, ((1, 6), (4, 3)), 3, 5, "mask"),
+]
+REPEATED = case("keys repeat", 3, ((1, 11), (3, 3)), 3, 5, shift=2)
+EACH_CASE = pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.name.replace(" ", "-"))
+
+
+def dense_attention(query, key, value, score_mod, block_mask, kernel_options):
+    """What FlexAttention computes, with gradients on a CPU: only blocks of the mask count."""
+    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    index = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+    score = score_mod(query @ key.mT * query.shape[-1] ** -0.5, *index)
+    listed = block_mask.to_dense()[0, 0].bool()
+    for axis, block in enumerate(block_mask.BLOCK_SIZE):
+        listed = listed.repeat_interleave(block, axis)
+    return score.masked_fill(~listed, -torch.inf).softmax(-1) @ value
+
+
+# -- contenders -----------------------------------------------------------------------------------
+
+
+@EACH_CASE
+@pytest.mark.parametrize("name", ["unfold + SDPA", "eager", "FlexAttention"])
+def test_contenders_agree_with_the_oracle(odd, name):
+    call = draw_call(odd, torch.float64, CPU)
+    with mock.patch.object(contenders, "flex_attention", dense_attention):
+        assert Checker(call).error(call, CONTENDERS[name](call), TRAINING) < 1e-12
+
+
+def test_flex_attention_itself_agrees_with_the_oracle():
+    call = draw_call(ODD[1], torch.float64, CPU)
+    assert Checker(call).error(call, CONTENDERS["FlexAttention"](call), FORWARD) < 1e-12
+
+
+def test_flex_attention_says_that_it_has_one_bias_per_key():
+    with pytest.raises(NotImplementedError, match="attends a key twice"):
+        CONTENDERS["FlexAttention"](draw_call(REPEATED, torch.float64, CPU))
+
+
+def test_the_check_covers_the_first_and_the_last_image():
+    call = draw_call(replace(ODD[0], batch=3), torch.float64, CPU)
+    forward = CONTENDERS["reference"](call)
+    for image, caught in ((0, True), (1, False), (2, True)):
+        spoilt = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64)
+        spoilt[image] = 1.0
+        run = lambda spoilt=spoilt: forward() + spoilt  # noqa: E731
+        if caught:
+            with pytest.raises(ArithmeticError, match=r"relative error .* of out"):
+                Checker(call).error(call, run, FORWARD)
+        else:
+            Checker(call).error(call, run, FORWARD)
+
+
+# -- work -----------------------------------------------------------------------------------------
+
+
+@EACH_CASE
+def test_pairs_are_those_that_the_definition_counts(odd):
+    assert pairs(odd) == _count_pairs(odd)
+
+
+def test_a_key_that_a_window_meets_twice_is_one_pair():
+    assert pairs(REPEATED) == _count_pairs(REPEATED)
+
+
+def _count_pairs(odd):
+    geometry, size = odd.geometry, (odd.height, odd.width)
+    width = geometry.padded_size(*size)[1]
+    queries, keys = geometry.query_index(*size).tolist(), geometry.key_index(*size).tolist()
+    seam, slots = geometry.seam_mask(*size), geometry.window_key_slots().tolist()
+    levels = [level for level, count in enumerate(geometry.keys_per_level) for _ in range(count)]
+    total = 0
+    for window, row in enumerate(queries):
+        for q, token in enumerate(row):
+            if token // width >= odd.height or token % width >= odd.width:
+                continue
+            apart = {slots[k] for k in range(len(slots)) if seam[window, q, k]}
+            held = enumerate(zip(levels, keys[window], strict=True))
+            total += len({key for slot, key in held if key[1] >= 0 and slot not in apart})
+    return total
+
+
+def test_useful_work_of_one_window_by_hand():
+    window = case("window", 2, ((1, 2),), 2, 2, heads=3, batch=5)
+    products = 2 * 16 * 5 * 3 * 16  # 16 pairs
+    one_map, bias = 5 * 4 * 3 * 16 * 2, 3 * 16 * 2
+    assert useful_work(window, torch.float16, FORWARD) == (2 * products, 4 * one_map + bias)
+    assert useful_work(window, torch.float16, TRAINING) == (7 * products, 12 * one_map + 3 * bias)
+
+
+def test_gpu_plans_hold_every_stage_size_and_contender():
+    plans = gpu_plans([torch.bfloat16], attention.PIXELS, 128)
+    found = {(plan.case.name, name) for plan in plans for name in plan.contenders}
+    for stage, pixels, name in itertools.product(range(1, 5), attention.PIXELS, CONTENDERS):
+        assert (f"stage {stage}, {pixels} px", name) in found
+    last = next(plan.case for plan in plans if plan.case.name == "stage 4, 1792 px")
+    assert (last.height, last.width, last.batch) == (56, 56, 2)
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def off_by_a_factor(call):
+    forward = CONTENDERS["reference"](call)
+    return lambda: 1.1 * forward()
+
+
+def wrong_gradient(call):
+    forward = CONTENDERS["reference"](call)
+
+    def run():
+        out = forward()
+        return out + (call.leaves["bias"].sum() - call.leaves["bias"].detach().sum())
+
+    return run
+
+
+def broken(call):
+    raise RuntimeError("no kernel image\nis available")
+
+
+def unsupported(call):
+    raise NotImplementedError("not on this device")
+
+
+def run_measure(names, odd=ODD[0], minutes=1.0):
+    chosen = {**CONTENDERS, "factor": off_by_a_factor, "gradient": wrong_gradient}
+    chosen |= {"broken": broken, "unsupported": unsupported}
+    plan = Plan(odd, torch.float32, tuple(names))
+    ceilings = {"copy": 1.0, "float32": 1.0}
+    rows = measure(plan, CPU, ceilings, Deadline(minutes), chosen, seconds=0.0, min_rounds=2)
+    return {(row.work, row.contender): row for row in rows}
+
+
+def test_a_wrong_contender_is_reported_and_the_others_are_measured():
+    names = ("eager", "factor", "gradient", "broken", "unsupported", "unfold + SDPA")
+    rows = run_measure(names)
+    assert set(rows) == set(itertools.product(WORKS, names))
+    for work in WORKS:
+        assert rows[work, "factor"].status == "failed"
+        assert "relative error 1.0e-01 of out" in rows[work, "factor"].note
+        assert rows[work, "broken"].note == "RuntimeError: no kernel image"
+        assert rows[work, "unsupported"].status == "unsupported"
+        for name in ("eager", "unfold + SDPA"):
+            assert rows[work, name].status == "ok"
+            assert rows[work, name].milliseconds > 0
+            assert rows[work, name].runs == 2
+    assert rows[FORWARD, "gradient"].status == "ok"
+    assert "of bias" in rows[TRAINING, "gradient"].note
+    failed = [row for row in rows.values() if row.status != "ok"]
+    assert all(row.milliseconds is None and row.tflops is None for row in failed)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on CPU tensors interpreted alone")
+def test_our_kernels_are_checked_and_compared():
+    rows = run_measure((OURS, "eager"), ODD[2])
+    assert all(row.status == "ok" and row.times_ours for row in rows.values())
+    assert rows[FORWARD, OURS].times_ours == 1.0
+
+
+def test_nothing_starts_after_the_deadline():
+    rows = run_measure(("eager", "broken"), minutes=0.0)
+    assert {row.status for row in rows.values()} == {"not reached"}
+
+
+def test_a_contender_that_took_longer_than_what_is_left_is_not_started():
+    deadline = Deadline(1.0)
+    assert deadline.allows("FlexAttention")
+    deadline.note("FlexAttention", 90.0)
+    deadline.note("FlexAttention", 1.0)
+    assert not deadline.allows("FlexAttention")
+    assert deadline.allows("eager")
+
+
+def fresh_state():
+    environment = timing.environment(CPU)
+    ceilings = {"copy": 1.0, "float32": 1.0}
+    return {"environment": environment, "ceilings": ceilings, "rows": [], "done": 0, "lost": []}
+
+
+def small_plans(*names):
+    return [Plan(odd, torch.float32, names) for odd in ODD[:3]]
+
+
+def test_the_report_holds_every_case_and_lists_what_was_not_reached(tmp_path):
+    state, plans = fresh_state(), small_plans("eager", "reference")
+    path, settings = tmp_path / "attention.json", {"seconds": 0.0, "min_rounds": 1}
+    run_plans(plans[:1], CPU, Deadline(1.0), path, state, **settings)
+    run_plans(plans, CPU, Deadline(0.0), path, state, **settings)
+    saved = json.loads(path.read_text())
+    assert saved["done"] == 3
+    rows = [Row(**row) for row in saved["rows"]]
+    expected = itertools.product([p.case.name for p in plans], WORKS, ("eager", "reference"))
+    assert {(row.case, row.work, row.contender) for row in rows} == set(expected)
+    text = markdown(saved)
+    assert "Made on a CPU: the times say nothing" in text
+    table, missed = text.split("Not reached in time: ")
+    assert table.count("| tiny |") == 4
+    assert "tiny, plain windows (float32, reference, forward + backward)" in missed
+
+
+def test_inputs_that_do_not_fit_are_reported_and_the_other_cases_are_measured(tmp_path):
+    state = fresh_state()
+    draw, plans = contenders.draw_call, small_plans("eager")
+
+    def too_large_once(odd, *rest):
+        if odd == plans[0].case:
+            raise torch.OutOfMemoryError("out of memory")
+        return draw(odd, *rest)
+
+    with mock.patch.object(attention, "draw_call", too_large_once):
+        run_plans(plans, CPU, Deadline(1.0), tmp_path / "a.json", state, seconds=0.0, min_rounds=1)
+    assert [row["status"] for row in state["rows"]] == ["failed"] * 2 + ["ok"] * 4
+
+
+def test_after_a_lost_device_a_fresh_process_goes_on_without_the_culprit(tmp_path):
+    state, plans, path = fresh_state(), small_plans("broken", "eager"), tmp_path / "attention.json"
+    settings = {"seconds": 0.0, "min_rounds": 1, "contenders": {**CONTENDERS, "broken": broken}}
+    for _ in plans:
+        with (
+            mock.patch.object(attention, "_device_lost", return_value=True),
+            pytest.raises(attention.DeviceLostError),
+        ):
+            run_plans(plans, CPU, Deadline(1.0), path, state, **settings)
+        state = json.loads(path.read_text())
+    run_plans(plans, CPU, Deadline(1.0), path, state, **settings)
+    rows = [Row(**row) for row in state["rows"]]
+    assert [row.contender for row in rows if row.status == "failed"] == ["broken"] * 6
+    assert "broke the GPU's context: RuntimeError: no kernel image" in rows[2].note
+    assert sum(row.status == "ok" for row in rows) == 6
+
+
+def test_functions_are_timed_in_turns():
+    order = []
+    functions = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = timing.interleave(functions, CPU, seconds=0.0, min_rounds=3)
+    assert order == list("ababab")
+    assert {name: t.runs for name, t in timings.items()} == {"a": 3, "b": 3}
+
+
+# -- the tuner ------------------------------------------------------------------------------------
+
+START = Tile(32, 32, 4, 2)
+KEY = ("forward", 32, 2, "sm_90")
+
+
+def fake_compare(best, refuses=()):
+    """Time grows with the steps to the best tile; two stages that agree."""
+
+    def cost(tile):
+        steps = 0
+        for name, choices in tune.CHOICES.items():
+            place = choices.index(getattr(tile, name))
+            steps += abs(place - choices.index(getattr(best, name)))
+        return 1.0 + steps
+
+    def compare(candidate, incumbent):
+        if candidate in refuses:
+            raise RefusedError("spills 8 registers")
+        return [cost(candidate) / cost(incumbent)] * 2
+
+    return compare
+
+
+def test_neighbours_differ_in_one_number_by_one_step():
+    found = neighbours(Tile(64, 16, 4, 1))
+    assert found == [
+        Tile(32, 16, 4, 1),
+        Tile(64, 32, 4, 1),
+        Tile(64, 16, 2, 1),
+        Tile(64, 16, 8, 1),
+        Tile(64, 16, 4, 2),
+    ]
+
+
+def test_the_walk_ends_at_the_fastest_tile():
+    best = Tile(64, 128, 2, 4)
+    outcome = walk(KEY, START, fake_compare(best), lambda: True)
+    assert outcome.after == best
+    assert outcome.before == START
+    assert outcome.ratio == pytest.approx(1 / 7)
+    assert outcome.complete
+
+
+def test_the_walk_goes_around_refused_tiles_and_names_them():
+    refused = Tile(64, 32, 4, 2)
+    outcome = walk(KEY, START, fake_compare(refused, {refused}), lambda: True)
+    assert outcome.after == START
+    assert outcome.refused == [f"{refused}: spills 8 registers"]
+
+
+def test_a_saving_within_noise_changes_nothing():
+    outcome = walk(KEY, START, lambda candidate, incumbent: [1.5, 0.47], lambda: True)
+    assert outcome.after == START
+
+
+def test_the_sum_over_stages_decides():
+    def compare(candidate, incumbent):
+        return [2.0, 0.5] if candidate.num_stages == 1 else [0.9, 0.9]
+
+    first = walk(KEY, START, compare, iter([True] * 8 + [False]).__next__)
+    assert first.after.num_stages == START.num_stages
+
+
+def test_the_walk_keeps_what_it_found_when_time_is_up():
+    left = iter([True] * 10 + [False] * 9)
+    outcome = walk(KEY, START, fake_compare(Tile(64, 128, 8, 4)), left.__next__)
+    assert outcome.tried == 10
+    assert not outcome.complete
+    assert outcome.ratio < 1
+
+
+class FakeBench(Bench):
+    """Tiles that spill, compute something else, or serve."""
+
+    def __init__(self):
+        self.device, self.calls, self.checkers, self._launches = CPU, [None], [None], {}
+
+    def _launch(self, key, tile, call, checker):
+        if tile.num_warps == 1:
+            raise ArithmeticError("relative error 3.0e-01 of query")
+        compiled = mock.Mock(n_spills=16 if tile.num_warps == 8 else 0)
+        return [tune.Launched(mock.MagicMock(), (1,), {}, compiled)]
+
+
+def test_candidates_that_spill_or_fail_the_check_are_refused():
+    bench = FakeBench()
+    for warps, reason in ((8, "spills 16 registers"), (1, "ArithmeticError: relative error")):
+        with pytest.raises(RefusedError, match=reason):
+            bench.compare(KEY, replace(START, num_warps=warps), START)
+    assert len(bench.compare(KEY, replace(START, num_warps=2), START)) == 1
+
+
+def test_a_tile_in_hand_that_spills_is_no_obstacle():
+    assert FakeBench().compare(KEY, START, replace(START, num_warps=8))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on CPU tensors interpreted alone")
+def test_the_kernel_is_launched_with_the_candidate_and_the_table_stays():
+    tiny, key = tiny_cases()[2], ("forward", 16, 4, "any")
+    bench = Bench([tiny], torch.float32, CPU)
+    before = dict(TABLE)
+    (launches,) = bench.launches(key, Tile(16, 16, 2, 1))
+    assert [launch.kernel.__name__ for launch in launches] == ["forward_kernel"]
+    chosen = launches[0].arguments
+    assert (chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["num_warps"]) == (16, 16, 2)
+    assert before == TABLE
+
+
+def source():
+    return Path(launch_table.__file__).read_text()
+
+
+ENTRIES = {
+    ("forward", 32, 2, "sm_90"): Tile(64, 128, 8, 3),
+    ("bias_gradient", 32, 4, "sm_90"): Tile(16, 16, 1, 1),
+}
+WHERE = ["sm_90: NVIDIA H100 80GB HBM3, 2026-01-01 12:00 UTC", "driver 1, torch 2, triton 3"]
+
+
+def test_the_table_reads_as_python_reads_it():
+    assert read_entries(source()) == TABLE
+
+
+def test_a_rewritten_table_imports_and_holds_the_new_entries(tmp_path):
+    path = tmp_path / "rewritten_table.py"
+    path.write_text(rewrite(source(), ENTRIES, WHERE))
+    spec = importlib.util.spec_from_file_location("rewritten_table", path)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {"rewritten_table": module}):
+        spec.loader.exec_module(module)
+    found = {
+        key: (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
+        for key, tile in module.TABLE.items()
+    }
+    expected = {**TABLE, **ENTRIES}
+    assert found == {
+        key: (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
+        for key, tile in expected.items()
+    }
+    check = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "100", str(path)]
+    if importlib.util.find_spec("ruff"):
+        assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+
+def test_rewriting_twice_replaces_and_leaves_other_targets_alone():
+    other = {("forward", 32, 2, "gfx942"): Tile(32, 32, 4, 2)}
+    first = rewrite(rewrite(source(), other, ["gfx942: MI300X"]), ENTRIES, WHERE)
+    assert rewrite(first, {}, WHERE) == first
+    newer = {KEY: Tile(32, 64, 4, 2)}
+    second = rewrite(first, newer, ["sm_90: later"])
+    assert read_entries(second) == {**read_entries(source()), **other, **ENTRIES, **newer}
+    assert second.count(WHERE[0]) == 1  # it still holds an entry
+    third = rewrite(second, {("bias_gradient", 32, 4, "sm_90"): START}, ["sm_90: last"])
+    assert WHERE[0] not in third
+    kept = [line for line in source().splitlines() if line in third.splitlines()]
+    assert kept == source().splitlines()
+    assert "    # gfx942: MI300X\n" in third
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: text.replace("Tile(64, 32, 4, 2)", "Tile(64, 32, 4)", 1), "an entry or a"),
+        (lambda text: text.replace("TABLE: ", "OTHER: "), "must be a dict literal"),
+    ],
+)
+def test_a_table_of_another_form_is_an_error(spoil, message):
+    with pytest.raises(ValueError, match=message):
+        rewrite(spoil(source()), ENTRIES, WHERE)
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def test_parts_that_fail_hang_or_lack_a_package_take_nothing_from_the_others(tmp_path):
+    sleep = ("timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)")
+    parts = [
+        (Part("tests", ("no_such_module",)), 20.0),
+        (Part("attention", ("timeit", "-n1", "-r1", "pass"), ("no_such_package",)), 20.0),
+        (Part("throughput", sleep, ()), 0.5),
+        (Part("tune", ("timeit", "-n1", "-r1", "pass"), ()), 20.0),
+    ]
+    for part, seconds in parts:
+        run_part(part, seconds, tmp_path, {})
+    results = write_report(tmp_path / "gpu.md", tmp_path, timing.environment(CPU))
+    assert [r.status for r in results] == ["failed", "failed", "timed out", "passed"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "No module named no_such_module" in text
+    assert "missing packages: no_such_package" in text
+    assert "1 loop, best of 1" in text
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(saved["parts"]) == 4
+
+
+def test_only_files_with_gpu_tests_are_collected():
+    assert "tests/test_gpu.py" in gpu_report.gpu_test_files()
+    assert "tests/test_geometry.py" not in gpu_report.gpu_test_files()
+
+
+def test_limits_add_up_to_less_than_nine_minutes():
+    assert sum(gpu_report.MINUTES.values()) < 8.75
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_the_report_says_so_in_one_line():
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "tests"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("no GPU found; `make bench-gpu-check`")
