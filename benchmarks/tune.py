@@ -27,9 +27,9 @@ from unittest import mock
 
 import torch
 
-from benchmarks.attention import Checker, Deadline, reason_of
 from benchmarks.codegen import Case
 from benchmarks.contenders import CONTENDERS, OURS, Call, draw_call
+from benchmarks.contest import Checker, Deadline, reason_of
 from benchmarks.launch_file import Key, rewrite
 from benchmarks.timing import environment, interleave, write_json
 from benchmarks.workloads import TRAINING, released_cases, tiny_cases

@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -12,11 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import attention, contenders, gpu_report, timing, tune
-from benchmarks.attention import Checker, Deadline, Plan, gpu_plans, measure, run_plans
+from benchmarks import attention, contenders, contest, gpu_report, timing, tune
+from benchmarks.attention import gpu_plans, run_plans
 from benchmarks.attention_report import Row, markdown
 from benchmarks.codegen import Case
 from benchmarks.contenders import CONTENDERS, OURS, draw_call
+from benchmarks.contest import Checker, Deadline, DeviceLostError, Plan, measure
 from benchmarks.gpu_report import Part, run_part, write_report
 from benchmarks.launch_file import read_entries, rewrite
 from benchmarks.tune import Bench, RefusedError, neighbours, walk
@@ -66,6 +68,7 @@ def test_contenders_agree_with_the_oracle(odd, name):
         assert Checker(call).error(call, CONTENDERS[name](call), TRAINING) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_itself_agrees_with_the_oracle():
     call = draw_call(ODD[1], torch.float64, CPU)
     assert Checker(call).error(call, CONTENDERS["FlexAttention"](call), FORWARD) < 1e-12
@@ -247,7 +250,7 @@ def test_inputs_that_do_not_fit_are_reported_and_the_other_cases_are_measured(tm
             raise torch.OutOfMemoryError("out of memory")
         return draw(odd, *rest)
 
-    with mock.patch.object(attention, "draw_call", too_large_once):
+    with mock.patch.object(contest, "draw_call", too_large_once):
         run_plans(plans, CPU, Deadline(1.0), tmp_path / "a.json", state, seconds=0.0, min_rounds=1)
     assert [row["status"] for row in state["rows"]] == ["failed"] * 2 + ["ok"] * 4
 
@@ -257,8 +260,8 @@ def test_after_a_lost_device_a_fresh_process_goes_on_without_the_culprit(tmp_pat
     settings = {"seconds": 0.0, "min_rounds": 1, "contenders": {**CONTENDERS, "broken": broken}}
     for _ in plans:
         with (
-            mock.patch.object(attention, "_device_lost", return_value=True),
-            pytest.raises(attention.DeviceLostError),
+            mock.patch.object(contest, "device_lost", return_value=True),
+            pytest.raises(DeviceLostError),
         ):
             run_plans(plans, CPU, Deadline(1.0), path, state, **settings)
         state = json.loads(path.read_text())
@@ -267,6 +270,18 @@ def test_after_a_lost_device_a_fresh_process_goes_on_without_the_culprit(tmp_pat
     assert [row.contender for row in rows if row.status == "failed"] == ["broken"] * 6
     assert "broke the GPU's context: RuntimeError: no kernel image" in rows[2].note
     assert sum(row.status == "ok" for row in rows) == 6
+
+
+def test_processes_share_the_compilations(tmp_path):
+    plans, ran = small_plans("eager", "FlexAttention", OURS), []
+    one_of_each = {
+        name: lambda call, name=name: ran.append((call.case.name, name)) for name in CONTENDERS
+    }
+    with mock.patch.object(attention, "CONTENDERS", one_of_each):
+        for part in ("0/2", "1/2"):
+            attention.compile_part([*plans, *plans], part, CPU)
+    expected = itertools.product([p.case.name for p in plans], ("FlexAttention", OURS))
+    assert sorted(ran) == sorted(expected)
 
 
 def test_functions_are_timed_in_turns():
@@ -477,8 +492,13 @@ def test_only_files_with_gpu_tests_are_collected():
     assert "tests/test_geometry.py" not in gpu_report.gpu_test_files()
 
 
-def test_limits_add_up_to_less_than_nine_minutes():
-    assert sum(gpu_report.MINUTES.values()) < 8.75
+def test_the_benchmarks_get_what_the_tests_left(tmp_path):
+    assert gpu_report.ALL_MINUTES < 8.75
+    assert gpu_report.minutes_left(tmp_path) == gpu_report.ALL_MINUTES
+    path = tmp_path / "tests-result.json"
+    for age, expected in ((10.0, gpu_report.ALL_MINUTES - 2), (3600.0, gpu_report.ALL_MINUTES)):
+        path.write_text(json.dumps({"seconds": 120.0, "ended": time.time() - age}))
+        assert gpu_report.minutes_left(tmp_path) == pytest.approx(expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
