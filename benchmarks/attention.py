@@ -45,6 +45,7 @@ from benchmarks.contest import (
     reason_of,
     run_once,
 )
+from benchmarks.interpreter import patch_once_per_launch
 from benchmarks.timing import environment, interleave, write_json
 from benchmarks.workloads import WORKS, plain_windows, released_cases, tiny_cases
 
@@ -203,6 +204,7 @@ def main() -> None:
     else:
         plans = [Plan(case, dtype, tuple(CONTENDERS)) for case in tiny_cases() for dtype in dtypes]
         settings = {"seconds": 0.0, "min_rounds": 1}
+        patch_once_per_launch()
     if arguments.compile:
         compile_part(plans, arguments.compile, device)
         return
@@ -222,7 +224,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.attention", *sys.argv[1:], *left]
         os.execv(sys.executable, command)  # a fresh context, and all files closed
     rows = [Row(**row) for row in state["rows"]]
-    Console().print(rich_table(rows))
+    Console(width=None if sys.stdout.isatty() else 240).print(rich_table(rows))
     (arguments.output / "attention.md").write_text(markdown(state))
     if any(row.status == "failed" for row in rows):
         sys.exit("a contender failed: see its note")

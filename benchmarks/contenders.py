@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from benchmarks.codegen import Case
-from kernels import FocalGeometry, Pooling, focal_attention
+from kernels import FocalGeometry, Pooling, focal_attention, resolve_backend
 from kernels.geometry import index_tables
 from kernels.reference import pad_to_windows, pool_map
 
@@ -78,6 +78,10 @@ def draw_call(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 
 
 def _operator(call: Call, backend: str) -> Forward:
     """Our operator."""
+    try:
+        resolve_backend(backend, call.grad_out.device, call.grad_out.dtype)
+    except ValueError as error:  # not a mistake of the backend
+        raise NotImplementedError(str(error)) from error
     names = ("query", "key", "value", "bias")
     tensors = [call.leaves[name] for name in names]
     settings: dict[str, Any] = {"geometry": call.case.geometry, "backend": backend}

@@ -30,6 +30,7 @@ import torch
 from benchmarks.codegen import Case
 from benchmarks.contenders import CONTENDERS, OURS, Call, draw_call
 from benchmarks.contest import Checker, Deadline, reason_of
+from benchmarks.interpreter import patch_once_per_launch
 from benchmarks.launch_file import Key, rewrite
 from benchmarks.timing import environment, interleave, write_json
 from benchmarks.workloads import TRAINING, released_cases, tiny_cases
@@ -179,7 +180,11 @@ class Bench:
     def _launch(self, key: Key, tile: Tile, call: Call, checker: Checker) -> list[Launched]:
         with mock.patch.dict(TABLE, {key: tile}), tapped() as launches:
             checker.error(call, CONTENDERS[OURS](call), TRAINING)
-        return [launch for launch in launches if launch.kernel.__name__ == f"{key[0]}_kernel"]
+        mine = [launch for launch in launches if launch.kernel.__name__ == f"{key[0]}_kernel"]
+        expected = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if not mine or any(expected.items() - launch.arguments.items() for launch in mine):
+            raise RuntimeError(f"the launcher does not read {key} from the table")
+        return mine
 
     def compare(self, key: Key, candidate: Tile, incumbent: Tile) -> list[float]:
         """Time with a candidate over time with the incumbent, stage by stage.
@@ -267,6 +272,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device, deadline = torch.device(arguments.device), Deadline(arguments.minutes)
     on_gpu = device.type == "cuda"
+    if not on_gpu:
+        patch_once_per_launch()
     cases = released_cases([224], arguments.images) if on_gpu else tiny_cases()[2:]
     dtypes = [getattr(torch, name) for name in arguments.dtypes if on_gpu or name == "float32"]
     benches = {dtype: partial(Bench, cases, dtype, device) for dtype in dtypes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -58,6 +59,7 @@ def tiny_cases() -> list[Case]:
     ]
 
 
+@lru_cache(maxsize=64)  # a case has many rows
 def pairs(case: Case) -> int:
     """Distinct pairs of a stored query and a key that take part, in one head of one image."""
     geometry, size = case.geometry, (case.height, case.width)

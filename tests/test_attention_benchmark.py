@@ -200,6 +200,13 @@ def test_our_kernels_are_checked_and_compared():
     assert rows[FORWARD, OURS].times_ours == 1.0
 
 
+def test_a_backend_that_cannot_run_here_is_unsupported():
+    bfloat16 = Plan(ODD[2], torch.bfloat16, (OURS,))
+    rows = measure(bfloat16, CPU, {"copy": 1.0, "bfloat16": 1.0}, Deadline(1.0))
+    assert [row.status for row in rows] == ["unsupported"] * 2
+    assert "triton" in rows[0].note
+
+
 def test_nothing_starts_after_the_deadline():
     rows = run_measure(("eager", "broken"), minutes=0.0)
     assert {row.status for row in rows.values()} == {"not reached"}
@@ -399,6 +406,13 @@ def test_the_kernel_is_launched_with_the_candidate_and_the_table_stays():
     chosen = launches[0].arguments
     assert (chosen["BLOCK_M"], chosen["BLOCK_N"], chosen["num_warps"]) == (16, 16, 2)
     assert before == TABLE
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on CPU tensors interpreted alone")
+def test_a_launcher_that_does_not_read_the_entry_is_noticed():
+    bench, key = Bench(tiny_cases()[2:], torch.float32, CPU), ("forward", 16, 4, "sm_90")
+    with pytest.raises(RuntimeError, match="does not read"):
+        bench.launches(key, Tile(16, 16, 2, 1))
 
 
 def source():
