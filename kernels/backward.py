@@ -1,16 +1,20 @@
-"""Backward focal attention, without atomics: one program sums each gradient, in a fixed order.
+"""Backward focal attention, without atomics: every product once, then sums in a fixed order.
 
 With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gradient of a score is
-``dS = P (dP − Δ)``, and scores are computed again from q, k, bias and the saved statistics. Three kernels:
+``dS = P (dP − Δ)``, and scores are computed again from q, k, bias and the saved statistics. Then
 
-* `query_gradient_kernel`: one program per window, query block and head walks over keys as forward
-  does: ``dq = scale · dS k``. It also writes Δ, which the others read.
-* `key_gradient_kernel`: one program per square of tokens or cells walks over the windows that
-  attend it: ``dk = scale · dSᵀ q`` and ``dv = Pᵀ dO``. Launched once per level; a coarse level's
-  result is the gradient of its pooled map, which `kernels.pooling` takes to tokens.
-* `bias_gradient_kernel`: one program per key tile, query block, head and group of windows sums dS
-  over its windows; the groups' sums are added at the end.
+    dv = Pᵀ dO      dk = scale · dSᵀ q      dq = scale · dS k      dbias = Σ dS over windows
 
+* `delta_kernel` writes Δ.
+* `gradient_kernel`: one program per key tile of a level, head and group of windows. It keeps the
+  tile's bias and the sum of dS in registers and walks over its windows. What one window gives to
+  keys, values and queries goes to a workspace: a key is shared by several windows, a query's
+  gradient has a part from every key tile.
+* `fold_keys_kernel` and `fold_queries_kernel` sum these parts per token or cell, windows and tiles
+  in ascending order. A coarse level's result is the gradient of its pooled map, which
+  `kernels.pooling` takes to tokens.
+
+The workspace holds a few images at a time, so that it stays small and in the second-level cache.
 Layouts as in `kernels.forward`; gradients are contiguous.
 """
 
@@ -19,286 +23,230 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Problem, token_map
+from kernels.launch import GradientPlan, Problem, acc_type, token_map
 from kernels.tiles import (
-    cell_is_key,
-    cell_rows,
     exclude,
+    image_ptr,
     keep_mask,
-    key_seam_side,
     key_tile,
+    load_bias,
     load_rows,
     locate_fine,
     locate_queries,
-    seam_side,
+    locate_window,
+    packed_ptr,
+    query_seam_side,
+    row_offset,
     store_rows,
-    token_rows,
+    token_offset,
 )
 
 __all__ = ["launch_backward"]
 
-# Groups of windows that the bias gradient is summed in: enough programs to fill a large GPU.
-BIAS_PROGRAMS = 1024
+FOLD_BLOCK = 32  # tokens or cells of a program
 
 
 @triton.jit
-def load_stats(stats_ptr, row_id, m, S: tl.constexpr):
-    """Each query's largest score and one over its sum of exponentials, as forward left them.
+def delta_kernel(
+    grad_out, out_ptr, delta_ptr, size,
+    S: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Δ of every query, `[batch, windows, heads, window²]`; grid (items · query blocks, heads)."""
+    BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
+    item = tl.program_id(0) // BLOCKS
+    head = tl.program_id(1)
+    batch, win_row, win_col = locate_window(item, size, S)
+    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, col, stored = locate_queries(m, win_row, win_col, size, S)
+    do_rows = image_ptr(grad_out, batch, head) + token_offset(grad_out, row, col, S)
+    out_rows = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
+    out_rows += row_offset(row * size.width + col, size, S)
+    do = load_rows(do_rows, stored, False, S).to(ACC_TYPE)  # [BLOCK_M, block_d]
+    out = load_rows(out_rows, stored, False, S).to(ACC_TYPE)
+    row_id = item.to(tl.int64) * size.num_heads + head
+    delta = tl.sum(do * out, axis=1)
+    tl.store(delta_ptr + row_id * S.num_queries + m, delta, mask=m < S.num_queries)
 
-    Both are 0 beyond the last query, so that weights are 0 there.
+
+@triton.jit
+def gradient_kernel(
+    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, stats_ptr, delta_ptr,
+    query_part_ptr, key_part_ptr, value_part_ptr, bias_part_ptr, seed_ptr, size,
+    first_item, num_items, items_per_program, first_tile, num_tiles, level_start,
+    S: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Every product of one tile of a level's keys, for a group of windows.
+
+    Grid (tiles · query blocks, heads, groups). Parts, with items (windows of images) counted inside
+    the launch: query `[items, heads, num_tiles, m_pad, block_d]`; key and value
+    `[items, heads, query blocks, keys, block_d]`; bias `[groups, heads, window², num_keys]`, to
+    which the launch adds.
     """
-    rows = stats_ptr + row_id * 2 * S.num_queries + m
-    peak = tl.load(rows, mask=m < S.num_queries, other=0.0)
-    return peak, tl.load(rows + S.num_queries, mask=m < S.num_queries, other=0.0)
-
-
-@triton.jit
-def load_delta(delta_ptr, row_id, m, S: tl.constexpr):
-    """Each query's Δ, which `query_gradient_kernel` wrote."""
-    return tl.load(delta_ptr + row_id * S.num_queries + m, mask=m < S.num_queries, other=0.0)
-
-
-@triton.jit
-def score_gradient(
-    n, q, do, peak, inverse, delta, m, query_side, bias_rows, row_id, seed_ptr,
-    batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
-):  # fmt: skip
-    """``dS`` `[BLOCK_M, BLOCK_N]` of one tile of keys, and the keys."""
-    k, v, valid, side = key_tile(
-        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S,
-        FINE, COARSE,
-    )  # fmt: skip
-    score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=delta.dtype)
-    bias = tl.load(bias_rows[:, None] + n[None, :])
-    score = score * S.score_factor + bias.to(delta.dtype)
-    score = exclude(
-        score, query_side[:, None], side[None, :], valid[None, :], S, S.wrap and not COARSE, FINE
-    )
-    weight = tl.exp2(score - peak[:, None]) * inverse[:, None]
-    d_weight = tl.dot(do, tl.trans(v), input_precision=S.precision, out_dtype=delta.dtype)
-    if S.drop_threshold > 0:
-        keep = keep_mask(seed_ptr, row_id, m[:, None] * S.num_keys + n[None, :], S)
-        d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
-    return weight * (d_weight - delta[:, None]), k
-
-
-@triton.jit
-def query_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, stats_ptr, delta_ptr,
-    grad_query_ptr, seed_ptr, size,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
-):  # fmt: skip
-    """``dq`` and Δ; grid (windows · query blocks, heads, batch)."""
     # -- locate
     BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
-    window = tl.program_id(0) // BLOCKS
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    win_cols = size.pad_w // S.window
-    num_windows = (size.pad_h // S.window) * win_cols
-    win_row = window // win_cols
-    win_col = window % win_cols
-    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_id = (batch.to(tl.int64) * num_windows + window) * size.num_heads + head
-
-    # -- load queries, gradients and outputs
-    row, col, stored = locate_queries(m, win_row, win_col, size, S)
-    q = load_rows(token_rows(query, batch, row, col, head), stored, S)
-    do = load_rows(token_rows(grad_out, batch, row, col, head), stored, S)
-    token = (batch.to(tl.int64) * size.height + row) * size.width + col
-    token = (token * size.num_heads + head) * S.head_dim
-    out = load_rows(out_ptr + token, stored, S)
-    delta = tl.sum(do.to(ACC_TYPE) * out.to(ACC_TYPE), axis=1)
-    tl.store(delta_ptr + row_id * S.num_queries + m, delta, mask=m < S.num_queries)
-    peak, inverse = load_stats(stats_ptr, row_id, m, S)
-    query_side = seam_side(
-        win_row * S.window + m // S.window, win_col * S.window + m % S.window, size, S
-    )
-    bias_rows = bias_ptr + (head * S.m_pad + m) * S.n_pad
-
-    acc = tl.zeros([BLOCK_M, S.block_d], dtype=ACC_TYPE)
-    FINE_END: tl.constexpr = S.region * S.region // BLOCK_N * BLOCK_N
-    MIXED_END: tl.constexpr = (S.region * S.region + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    for start in range(0, FINE_END, BLOCK_N):
-        ds, k = score_gradient(
-            start + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
-            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, True, False,
-        )  # fmt: skip
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
-    if MIXED_END > FINE_END:
-        ds, k = score_gradient(
-            FINE_END + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
-            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, True, True,
-        )  # fmt: skip
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
-    for start in range(MIXED_END, S.n_pad, BLOCK_N):
-        ds, k = score_gradient(
-            start + tl.arange(0, BLOCK_N), q, do, peak, inverse, delta, m, query_side, bias_rows,
-            row_id, seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, False, True,
-        )  # fmt: skip
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=S.precision, out_dtype=ACC_TYPE)
-
-    # -- store
-    store_rows(grad_query_ptr + token, acc * S.scale, stored, S)
-
-
-@triton.jit
-def bias_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, stats_ptr, delta_ptr,
-    partial_ptr, seed_ptr, size, num_items, items_per_group,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
-):  # fmt: skip
-    """Sums of dS over groups of (image, window) items.
-
-    Grid (key tiles · query blocks, heads, groups); ``partial`` `[groups, heads, m_pad, n_pad]`.
-    """
-    BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
-    n = (tl.program_id(0) // BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     head = tl.program_id(1)
     group = tl.program_id(2)
-    win_cols = size.pad_w // S.window
-    num_windows = (size.pad_h // S.window) * win_cols
-    bias_rows = bias_ptr + (head * S.m_pad + m) * S.n_pad
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias_ptr += (head * BLOCKS + block) * (BLOCK_M * S.n_pad)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC_TYPE)
-    first = group * items_per_group
-    for i in range(tl.minimum(items_per_group, num_items - first)):
-        item = first + i
-        batch = item // num_windows
-        window = item % num_windows
-        win_row = window // win_cols
-        win_col = window % win_cols
-        row_id = item.to(tl.int64) * size.num_heads + head
+    # The sum over windows goes on where the launch before, for other images, left it.
+    sum_rows = (group.to(tl.int64) * size.num_heads + head) * S.num_queries + m
+    sum_ptr = bias_part_ptr + sum_rows[:, None] * S.num_keys + (L.first + k)[None, :]
+    inside = (m < S.num_queries)[:, None] & (k < L.region * L.region)[None, :]
+    d_bias = tl.load(sum_ptr, mask=inside, other=0.0)
+    first = group * items_per_program
+    for i in range(first, tl.minimum(first + items_per_program, num_items)):
+        # -- load queries, gradients and statistics
+        item = first_item + i
+        batch, win_row, win_col = locate_window(item, size, S)
         row, col, stored = locate_queries(m, win_row, win_col, size, S)
-        q = load_rows(token_rows(query, batch, row, col, head), stored, S)
-        do = load_rows(token_rows(grad_out, batch, row, col, head), stored, S)
-        peak, inverse = load_stats(stats_ptr, row_id, m, S)
-        delta = load_delta(delta_ptr, row_id, m, S)
-        query_side = seam_side(
-            win_row * S.window + m // S.window, win_col * S.window + m % S.window, size, S
-        )
-        ds, _ = score_gradient(
-            n, q, do, peak, inverse, delta, m, query_side, bias_rows, row_id, seed_ptr, batch, head,
-            win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S, True, True,
+        q_rows = image_ptr(query, batch, head) + token_offset(query, row, col, S)
+        do_rows = image_ptr(grad_out, batch, head) + token_offset(grad_out, row, col, S)
+        q = load_rows(q_rows, stored, False, S)  # [BLOCK_M, block_d]
+        do = load_rows(do_rows, stored, False, S)
+        row_id = item.to(tl.int64) * size.num_heads + head
+        stats = stats_ptr + row_id * 2 * S.num_queries + m
+        is_query = m < S.num_queries
+        peak = tl.load(stats, mask=is_query, other=0.0)
+        inverse = tl.load(stats + S.num_queries, mask=is_query, other=0.0)
+        delta = tl.load(delta_ptr + row_id * S.num_queries + m, mask=is_query, other=0.0)
+        query_side = query_seam_side(m, win_row, win_col, size, S)
+
+        # -- load keys, and the products
+        keys, values, valid, side = key_tile(
+            k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
+            size, L, S,
         )  # fmt: skip
-        acc += ds
-    rows = (group.to(tl.int64) * size.num_heads + head) * S.m_pad + m
-    tl.store(partial_ptr + rows[:, None] * S.n_pad + n[None, :], acc)
+        # Loaded anew for each window: it comes from the first-level cache straight into the sum.
+        bias = load_bias(bias_ptr, tile * BLOCK_N, L, BLOCK_M, BLOCK_N)
+        score = tl.dot(q, tl.trans(keys), acc=bias, input_precision=S.precision, out_dtype=ACC_TYPE)
+        score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
+        if q.dtype == ACC_TYPE:
+            weight = tl.exp2(score * S.score_factor - peak[:, None]) * inverse[:, None]
+        else:  # the same with one product less, which costs digits that 16 bits do not have
+            base = tl.where(inverse > 0, peak - tl.log2(tl.maximum(inverse, 1e-30)), float("inf"))
+            weight = tl.exp2(score * S.score_factor - base[:, None])
+        place = (item - first_item).to(tl.int64) * size.num_heads + head
+        d = tl.arange(0, S.block_d)[None, :]
+        key_place = ((place * BLOCKS + block) * L.full + k)[:, None] * S.block_d + d
+        query_place = (place * num_tiles + first_tile + tile) * S.m_pad + m
+        query_place = query_place[:, None] * S.block_d + d
+        kept = weight
+        if S.drop_threshold > 0:
+            pair = m[:, None] * S.num_keys + (L.first + k)[None, :]
+            keep = keep_mask(seed_ptr, row_id, pair, S)
+            kept = tl.where(keep, weight * S.keep_factor, 0.0)
+        # Each product is stored as soon as it is made: registers are what is scarce here.
+        kept = tl.trans(kept.to(do.dtype))
+        dv = tl.dot(kept, do, input_precision=S.precision, out_dtype=ACC_TYPE)
+        tl.store(value_part_ptr + key_place, dv.to(q.dtype))
+        d_weight = tl.dot(do, tl.trans(values), input_precision=S.precision, out_dtype=ACC_TYPE)
+        if S.drop_threshold > 0:
+            d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
+        d_score = weight * (d_weight - delta[:, None])
+        d_bias += d_score
+        d_score = d_score.to(q.dtype)
+        dk = tl.dot(tl.trans(d_score), q, input_precision=S.precision, out_dtype=ACC_TYPE)
+        tl.store(key_part_ptr + key_place, dk.to(q.dtype))
+        dq = tl.dot(d_score, keys, input_precision=S.precision, out_dtype=ACC_TYPE)
+        tl.store(query_part_ptr + query_place, dq.to(q.dtype))
+    tl.store(sum_ptr, d_bias, mask=inside)
 
 
 @triton.jit
-def key_gradient_kernel(
-    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_t_ptr, stats_ptr, delta_ptr,
-    grad_key_ptr, grad_value_ptr, seed_ptr, size, level_start,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC_TYPE: tl.constexpr,
-    FINE: tl.constexpr, FIRST: tl.constexpr, SUB: tl.constexpr, CELLS: tl.constexpr,
-    REGION: tl.constexpr, GROUP: tl.constexpr,
+def fold_queries_kernel(
+    part_ptr, grad_ptr, size, first_item,
+    S: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` and ``dv`` of the keys of one level; grid (squares · key blocks, heads, batch).
+    """Sum the key tiles' parts of ``dq``; grid (items · query blocks, heads)."""
+    BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
+    i = tl.program_id(0) // BLOCKS
+    head = tl.program_id(1)
+    batch, win_row, win_col = locate_window(first_item + i, size, S)
+    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = i.to(tl.int64) * size.num_heads + head
+    rows = part_ptr + (place * NUM_TILES * S.m_pad + m)[:, None] * S.block_d
+    rows += tl.arange(0, S.block_d)[None, :]
+    acc = tl.zeros([BLOCK_M, S.block_d], dtype=ACC_TYPE)
+    for tile in range(NUM_TILES):
+        acc += tl.load(rows + tile * (S.m_pad * S.block_d)).to(ACC_TYPE)
+    row, col, stored = locate_queries(m, win_row, win_col, size, S)
+    target = packed_ptr(grad_ptr, batch, size.height * size.width, head, size, S)
+    store_rows(target + row_offset(row * size.width + col, size, S), acc * S.scale, stored, S)
 
-    A square is what lies under GROUP × GROUP windows: ``side × side`` cells (tokens when FINE).
-    FIRST is the level's first key in canonical order, ``level_start`` its first cell in the packed
-    maps.
+
+@triton.jit
+def wrap_window(at, count, S: tl.constexpr):
+    """Row or column of a window under one that may lie beyond an edge."""
+    if S.one_period:
+        at = tl.where(at < 0, at + count, at)
+        return tl.where(at >= count, at - count, at)
+    return (at % count + count) % count
+
+
+@triton.jit
+def fold_keys_kernel(
+    key_part_ptr, value_part_ptr, grad_key_ptr, grad_value_ptr, size, first_batch, count,
+    level_start,
+    S: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Sum the windows' parts of ``dk`` and ``dv``; grid (cell tiles, heads, images).
+
+    ``count`` cells (tokens at level 0) lie on the rolled, padded map of the level.
     """
-    SIDE: tl.constexpr = GROUP * CELLS
-    BLOCKS: tl.constexpr = (SIDE * SIDE + BLOCK_K - 1) // BLOCK_K
-    MARGIN: tl.constexpr = (REGION - CELLS) // 2
-    REACH: tl.constexpr = (MARGIN + CELLS - 1) // CELLS  # windows beyond the square, each side
-    # -- locate keys
+    MARGIN: tl.constexpr = (L.region - L.cells) // 2
+    SIDE: tl.constexpr = (L.region + L.cells - 1) // L.cells  # windows along an axis, at most
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    batch = first_batch + tl.program_id(2)
     win_rows = size.pad_h // S.window
     win_cols = size.pad_w // S.window
-    squares = (win_cols + GROUP - 1) // GROUP
-    square = tl.program_id(0) // BLOCKS
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    first_row = square // squares * GROUP  # in windows
-    first_col = square % squares * GROUP
-    k_id = (tl.program_id(0) % BLOCKS) * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_row = first_row * CELLS + k_id // SIDE  # cells of the rolled map
-    k_col = first_col * CELLS + k_id % SIDE
-    exists = (k_id < SIDE * SIDE) & (k_row < win_rows * CELLS) & (k_col < win_cols * CELLS)
-    if FINE:
-        row, col, stored, is_key = locate_fine(k_row, k_col, size, S)
-        stored = stored & exists
-        is_key = is_key & exists
+    cell_row = cell // (win_cols * L.cells)
+    cell_col = cell % (win_cols * L.cells)
+    first_place = tl.program_id(2).to(tl.int64) * (win_rows * win_cols)
+    d = tl.arange(0, S.block_d)[None, :]
+    dk = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
+    dv = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
+    for step in range(SIDE * SIDE):
+        # A window that may attend the cell, and the cell's place in its region.
+        up = step // SIDE
+        left = step % SIDE
+        y = (cell_row + MARGIN) % L.cells + up * L.cells
+        x = (cell_col + MARGIN) % L.cells + left * L.cells
+        at_row = (cell_row + MARGIN) // L.cells - up
+        at_col = (cell_col + MARGIN) // L.cells - left
+        attended = (cell < count) & (y < L.region) & (x < L.region)
+        if L.fine and S.wrap:
+            at_row = wrap_window(at_row, win_rows, S)
+            at_col = wrap_window(at_col, win_cols, S)
+        else:
+            attended = attended & (at_row >= 0) & (at_row < win_rows)
+            attended = attended & (at_col >= 0) & (at_col < win_cols)
+        place = first_place + at_row * win_cols + at_col
+        place = (place * size.num_heads + head) * BLOCKS
+        for block in tl.static_range(BLOCKS):
+            rows = ((place + block) * L.full + y * L.region + x)[:, None] * S.block_d + d
+            dk += tl.load(key_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
+            dv += tl.load(value_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
+    if L.fine:
+        row, col, _, _ = locate_fine(cell_row, cell_col, size, S)
         # Tokens that are no keys are stored as well: their gradient is zero.
-        inside = exists & (row < size.height) & (col < size.width)
-        k = load_rows(token_rows(key, batch, row, col, head), stored, S)  # [BLOCK_K, block_d]
-        v = load_rows(token_rows(value, batch, row, col, head), stored, S)
-        token = (batch.to(tl.int64) * size.height + row) * size.width + col
-        target = (token * size.num_heads + head) * S.head_dim
+        stored = (cell < count) & (row < size.height) & (col < size.width)
+        target = row_offset(row * size.width + col, size, S)
+        cells = size.height * size.width
     else:
-        is_key = exists & cell_is_key(k_row, size.pad_h, size.map_h, SUB, S)
-        is_key = is_key & cell_is_key(k_col, size.pad_w, size.map_w, SUB, S)
-        inside = exists
-        cell = level_start + k_row * (win_cols * CELLS) + k_col
-        k = load_rows(cell_rows(coarse_k_ptr, batch, cell, head, size, S), is_key, S)
-        v = load_rows(cell_rows(coarse_v_ptr, batch, cell, head, size, S), is_key, S)
-        index = batch.to(tl.int64) * size.coarse_cells + cell
-        target = (index * size.num_heads + head) * S.head_dim
-
-    # -- windows that attend the square; beyond the edge they wrap, or there is none
-    low_row = first_row - REACH
-    low_col = first_col - REACH
-    high_row = first_row + GROUP + REACH
-    high_col = first_col + GROUP + REACH
-    if not (FINE and S.wrap):
-        low_row = tl.maximum(low_row, 0)
-        low_col = tl.maximum(low_col, 0)
-        high_row = tl.minimum(high_row, win_rows)
-        high_col = tl.minimum(high_col, win_cols)
-
-    dk = tl.zeros([BLOCK_K, S.block_d], dtype=ACC_TYPE)
-    dv = tl.zeros([BLOCK_K, S.block_d], dtype=ACC_TYPE)
-    bias_base = bias_t_ptr + head * (S.num_keys + 1) * S.m_pad
-    for at_row in range(low_row, high_row):
-        for at_col in range(low_col, high_col):
-            # The keys' places in this window's region; elsewhere the bias row is all -inf.
-            y = k_row - at_row * CELLS + MARGIN
-            x = k_col - at_col * CELLS + MARGIN
-            attended = is_key & (y >= 0) & (y < REGION) & (x >= 0) & (x < REGION)
-            slot = tl.where(attended, FIRST + y * REGION + x, S.num_keys)
-            win_row = (at_row % win_rows + win_rows) % win_rows
-            win_col = (at_col % win_cols + win_cols) % win_cols
-            window = win_row * win_cols + win_col
-            row_id = (batch.to(tl.int64) * (win_rows * win_cols) + window) * size.num_heads + head
-            for start in range(0, S.m_pad, BLOCK_M):
-                m = start + tl.arange(0, BLOCK_M)
-                q_row, q_col, q_stored = locate_queries(m, win_row, win_col, size, S)
-                q = load_rows(token_rows(query, batch, q_row, q_col, head), q_stored, S)
-                do = load_rows(token_rows(grad_out, batch, q_row, q_col, head), q_stored, S)
-                peak, inverse = load_stats(stats_ptr, row_id, m, S)
-                delta = load_delta(delta_ptr, row_id, m, S)
-                score = tl.dot(k, tl.trans(q), input_precision=S.precision, out_dtype=ACC_TYPE)
-                bias = tl.load(bias_base + slot[:, None] * S.m_pad + m[None, :])
-                score = score * S.score_factor + bias.to(ACC_TYPE)  # [BLOCK_K, BLOCK_M]
-                if FINE and S.shift > 0:
-                    side = key_seam_side(k_row, k_col, at_row, at_col, size, S)
-                    query_side = seam_side(
-                        win_row * S.window + m // S.window,
-                        win_col * S.window + m % S.window, size, S,
-                    )  # fmt: skip
-                    score = exclude(score, query_side[None, :], side[:, None], True, S, True, True)
-                weight = tl.exp2(score - peak[None, :]) * inverse[None, :]
-                d_weight = tl.dot(v, tl.trans(do), input_precision=S.precision, out_dtype=ACC_TYPE)
-                kept = weight
-                if S.drop_threshold > 0:
-                    pair = m[None, :] * S.num_keys + slot[:, None]
-                    keep = keep_mask(seed_ptr, row_id, pair, S)
-                    kept = tl.where(keep, weight * S.keep_factor, 0.0)
-                    d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
-                dv += tl.dot(kept.to(do.dtype), do, input_precision=S.precision, out_dtype=ACC_TYPE)
-                ds = weight * (d_weight - delta[None, :])
-                dk += tl.dot(ds.to(q.dtype), q, input_precision=S.precision, out_dtype=ACC_TYPE)
-
-    # -- store
-    store_rows(grad_key_ptr + target, dk * S.scale, inside, S)
-    store_rows(grad_value_ptr + target, dv, inside, S)
+        stored = cell < count
+        target = row_offset(level_start + cell, size, S)
+        cells = size.coarse_cells
+    target_k = packed_ptr(grad_key_ptr, batch, cells, head, size, S) + target
+    target_v = packed_ptr(grad_value_ptr, batch, cells, head, size, S) + target
+    store_rows(target_k, dk * S.scale, stored, S)
+    store_rows(target_v, dv, stored, S)
 
 
 def launch_backward(
@@ -321,7 +269,7 @@ def launch_backward(
         bias: as there.
         out: What forward returned.
         stats: What forward returned.
-        problem: Sizes, coarse maps and tile sizes of this call.
+        problem: Sizes and coarse maps of this call.
 
     Returns:
         Gradients of query, key, value, bias, and of the packed coarse keys and values.
@@ -329,70 +277,78 @@ def launch_backward(
     grad_query, grad_key, grad_value = (
         torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
     )
-    grad_coarse_key = torch.empty_like(problem.coarse_key)
-    grad_coarse_value = torch.empty_like(problem.coarse_value)
-    grads = (grad_query, grad_key, grad_value, grad_coarse_key, grad_coarse_value)
+    grad_coarse = torch.empty_like(problem.coarse_key), torch.empty_like(problem.coarse_value)
     if query.numel() == 0:
-        return (*grads[:3], torch.zeros_like(bias), *grads[3:])
+        return grad_query, grad_key, grad_value, torch.zeros_like(bias), *grad_coarse
+    plan = GradientPlan(problem, query, key, value, grad_out)
+    tile, shape = plan.tile, plan.shape
+    windows, heads = problem.num_windows, query.shape[3]
+    common = {"size": problem.size, "S": shape, "ACC_TYPE": acc_type(query.dtype)}
     delta = stats.new_empty(stats.shape[:3] + stats.shape[4:])
-    tile, batch, heads = problem.tile, query.shape[0], query.shape[3]
-    maps = {
-        "query": token_map(query),
-        "key": token_map(key),
-        "value": token_map(value),
-        "grad_out": token_map(grad_out),
-        "coarse_k_ptr": problem.coarse_key,
-        "coarse_v_ptr": problem.coarse_value,
-        "stats_ptr": stats,
-        "delta_ptr": delta,
-        **problem.common_arguments(),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-    padded_bias = problem.padded_bias(bias)
-    query_gradient_kernel[(problem.num_windows * problem.query_blocks, heads, batch)](
-        **maps,
-        bias_ptr=padded_bias,
+    delta_kernel[(query.shape[0] * windows * plan.query_blocks, heads)](
+        grad_out=token_map(grad_out),
         out_ptr=out,
-        grad_query_ptr=grad_query,
+        delta_ptr=delta,
+        **common,
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
     )
-
-    items = batch * problem.num_windows
-    tiles = problem.shape.n_pad // tile.block_n * problem.query_blocks
-    per_group = -(-items // max(1, min(items, BIAS_PROGRAMS // (tiles * heads))))
-    groups = -(-items // per_group)
-    partial = stats.new_empty(groups, heads, problem.shape.m_pad, problem.shape.n_pad)
-    bias_gradient_kernel[(tiles, heads, groups)](
-        **maps,
-        bias_ptr=padded_bias,
-        partial_ptr=partial,
-        num_items=items,
-        items_per_group=per_group,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-    )
-    grad_bias = partial.sum(0)[:, : bias.shape[1], : bias.shape[2]].to(bias.dtype).contiguous()
-
-    transposed_bias = problem.transposed_bias(bias)
-    for level in problem.key_levels():
-        grad_k, grad_v = (grad_key, grad_value) if level.fine else grads[3:]
-        grid = (level.squares * level.blocks, heads, batch)
-        key_gradient_kernel[grid](
-            **maps,
-            bias_t_ptr=transposed_bias,
-            grad_key_ptr=grad_k,
-            grad_value_ptr=grad_v,
-            level_start=level.start,
-            # Four products per tile: half the queries at a time, or registers spill.
-            BLOCK_M=min(tile.block_m, 32),
-            BLOCK_K=level.block_k,
-            FINE=level.fine,
-            FIRST=level.first,
-            SUB=level.sub,
-            CELLS=level.cells,
-            REGION=level.region,
-            GROUP=level.group,
+    query_part, key_part, value_part = plan.workspace(query)
+    bias_part = stats.new_zeros(plan.groups, *bias.shape)
+    fragments = problem.fragment_bias(bias, shape, tile.block_m)
+    for images in plan.chunks():
+        items = len(images) * windows
+        for part in plan.levels:
+            gradient_kernel[(part.tiles * plan.query_blocks, heads, plan.groups)](
+                query=token_map(query),
+                key=token_map(key),
+                value=token_map(value),
+                grad_out=token_map(grad_out),
+                coarse_k_ptr=problem.coarse_key,
+                coarse_v_ptr=problem.coarse_value,
+                bias_ptr=fragments,
+                stats_ptr=stats,
+                delta_ptr=delta,
+                query_part_ptr=query_part,
+                key_part_ptr=key_part,
+                value_part_ptr=value_part,
+                bias_part_ptr=bias_part,
+                seed_ptr=problem.seed_ptr,
+                first_item=images.start * windows,
+                num_items=items,
+                items_per_program=-(-items // plan.groups),
+                first_tile=part.first_tile,
+                num_tiles=plan.num_tiles,
+                level_start=part.start,
+                **common,
+                L=part.level,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=part.block_n,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+            grad_k, grad_v = (grad_key, grad_value) if part.level.fine else grad_coarse
+            fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](
+                key_part_ptr=key_part,
+                value_part_ptr=value_part,
+                grad_key_ptr=grad_k,
+                grad_value_ptr=grad_v,
+                first_batch=images.start,
+                count=part.cells,
+                level_start=part.start,
+                **common,
+                L=part.level,
+                BLOCKS=plan.query_blocks,
+                BLOCK=FOLD_BLOCK,
+                num_warps=4,
+            )
+        fold_queries_kernel[(items * plan.query_blocks, heads)](
+            part_ptr=query_part,
+            grad_ptr=grad_query,
+            first_item=images.start * windows,
+            **common,
+            NUM_TILES=plan.num_tiles,
+            BLOCK_M=tile.block_m,
+            num_warps=tile.num_warps,
         )
-    return (*grads[:3], grad_bias, *grads[3:])
+    return grad_query, grad_key, grad_value, bias_part.sum(0).to(bias.dtype), *grad_coarse

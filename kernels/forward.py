@@ -20,16 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Problem, token_map
+from kernels.launch import Problem, acc_type, cut, token_map
 from kernels.tiles import (
     exclude,
+    image_ptr,
     keep_mask,
     key_tile,
+    load_bias,
     load_rows,
     locate_queries,
-    seam_side,
+    locate_window,
+    packed_ptr,
+    query_seam_side,
+    row_offset,
     store_rows,
-    token_rows,
+    token_offset,
 )
 
 __all__ = ["forward_kernel", "launch_forward"]
@@ -37,32 +42,32 @@ __all__ = ["forward_kernel", "launch_forward"]
 
 @triton.jit
 def attend_tile(
-    n, acc, peak, total, q, m, query_side, bias_rows, row_id, seed_ptr,
+    start, acc, peak, total, q, m, query_side, bias_ptr, row_id, seed_ptr, level_start,
     batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
+    L: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Fold one tile of keys into the running softmax; returns the new ``(acc, peak, total)``."""
-    k, v, valid, side = key_tile(
-        n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, S,
-        FINE, COARSE,
+    """Fold a tile of one level's keys into the running softmax; returns ``(acc, peak, total)``."""
+    k = start + tl.arange(0, BLOCK_N)
+    keys, values, valid, side = key_tile(
+        k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
+        size, L, S,
     )  # fmt: skip
-    score = tl.dot(q, tl.trans(k), input_precision=S.precision, out_dtype=acc.dtype)
-    bias = tl.load(bias_rows[:, None] + n[None, :])  # [BLOCK_M, BLOCK_N], padded: needs no mask
-    score = score * S.score_factor + bias.to(acc.dtype)
-    score = exclude(
-        score, query_side[:, None], side[None, :], valid[None, :], S, S.wrap and not COARSE, FINE
-    )
-    new_peak = tl.maximum(peak, tl.max(score, axis=1))
+    bias = load_bias(bias_ptr, start, L, BLOCK_M, BLOCK_N)
+    score = tl.dot(q, tl.trans(keys), acc=bias, input_precision=S.precision, out_dtype=acc.dtype)
+    score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
+    new_peak = tl.maximum(peak, tl.max(score, axis=1) * S.score_factor)
     # A row without any key so far has peak -inf: subtract 0 there, for -inf - -inf is NaN.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    weight = tl.exp2(score - base[:, None])
+    weight = tl.exp2(score * S.score_factor - base[:, None])
     rescale = tl.exp2(peak - base)
     total = total * rescale + tl.sum(weight, axis=1)
     if S.drop_threshold > 0:
-        keep = keep_mask(seed_ptr, row_id, m[:, None] * S.num_keys + n[None, :], S)
-        weight = tl.where(keep, weight * S.keep_factor, 0.0)
+        pair = m[:, None] * S.num_keys + (L.first + k)[None, :]
+        weight = tl.where(keep_mask(seed_ptr, row_id, pair, S), weight * S.keep_factor, 0.0)
     acc = acc * rescale[:, None]
-    acc += tl.dot(weight.to(v.dtype), v, input_precision=S.precision, out_dtype=acc.dtype)
+    acc = tl.dot(
+        weight.to(values.dtype), values, acc=acc, input_precision=S.precision, out_dtype=acc.dtype
+    )
     return acc, new_peak, total
 
 
@@ -74,58 +79,51 @@ def forward_kernel(
     """See the top of this file."""
     # -- locate
     BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
-    window = tl.program_id(0) // BLOCKS
+    item = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     head = tl.program_id(1)
-    batch = tl.program_id(2)
-    win_cols = size.pad_w // S.window
-    num_windows = (size.pad_h // S.window) * win_cols
-    win_row = window // win_cols
-    win_col = window % win_cols
-    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_id = (batch.to(tl.int64) * num_windows + window) * size.num_heads + head
+    batch, win_row, win_col = locate_window(item, size, S)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_id = item.to(tl.int64) * size.num_heads + head
 
     # -- load queries
     row, col, stored = locate_queries(m, win_row, win_col, size, S)
-    q = load_rows(token_rows(query, batch, row, col, head), stored, S)  # [BLOCK_M, block_d]
-    query_side = seam_side(
-        win_row * S.window + m // S.window, win_col * S.window + m % S.window, size, S
-    )
-    bias_rows = bias_ptr + (head * S.m_pad + m) * S.n_pad
+    q_rows = image_ptr(query, batch, head) + token_offset(query, row, col, S)
+    q = load_rows(q_rows, stored, False, S)  # [BLOCK_M, block_d]
+    query_side = query_seam_side(m, win_row, win_col, size, S)
+    bias_ptr += (head * BLOCKS + block) * (BLOCK_M * S.n_pad)
 
     acc = tl.zeros([BLOCK_M, S.block_d], dtype=ACC_TYPE)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=ACC_TYPE)
     total = tl.zeros([BLOCK_M], dtype=ACC_TYPE)
 
-    # -- level 0, in whole tiles; the tile where it ends; the coarse levels
-    FINE_END: tl.constexpr = S.region * S.region // BLOCK_N * BLOCK_N
-    MIXED_END: tl.constexpr = (S.region * S.region + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    for start in range(0, FINE_END, BLOCK_N):
-        acc, peak, total = attend_tile(
-            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, True, False,
-        )  # fmt: skip
-    if MIXED_END > FINE_END:
-        acc, peak, total = attend_tile(
-            FINE_END + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, True, True,
-        )  # fmt: skip
-    for start in range(MIXED_END, S.n_pad, BLOCK_N):
-        acc, peak, total = attend_tile(
-            start + tl.arange(0, BLOCK_N), acc, peak, total, q, m, query_side, bias_rows, row_id,
-            seed_ptr, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-            S, False, True,
-        )  # fmt: skip
+    # -- for each level: whole tiles, then the smaller ones of its end
+    level_start = 0
+    for i in tl.static_range(len(S.levels)):
+        for start in range(0, S.levels[i].full, BLOCK_N):
+            acc, peak, total = attend_tile(
+                start, acc, peak, total, q, m, query_side, bias_ptr, row_id, seed_ptr, level_start,
+                batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+                S.levels[i], S, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        for j in tl.static_range(len(S.levels[i].tail)):
+            acc, peak, total = attend_tile(
+                S.levels[i].tail[j][0], acc, peak, total, q, m, query_side, bias_ptr, row_id,
+                seed_ptr, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr,
+                coarse_v_ptr, size, S.levels[i], S, BLOCK_M, S.levels[i].tail[j][1],
+            )  # fmt: skip
+        if i > 0:
+            level_start += (size.pad_h // S.levels[i].sub) * (size.pad_w // S.levels[i].sub)
 
     # -- finish and store
     no_key = peak == -float("inf")
     total = tl.where(no_key, 1.0, total)
-    acc = acc / total[:, None]
-    inverse = tl.where(no_key, 0.0, 1.0 / total)
-    token = (batch.to(tl.int64) * size.height + row) * size.width + col
-    out_rows = out_ptr + (token * size.num_heads + head) * S.head_dim
-    store_rows(out_rows, acc, stored, S)
+    inverse = 1.0 / total
+    # One product less exact than a quotient: only 16 bits are too few to show it.
+    acc = acc / total[:, None] if q.dtype == ACC_TYPE else acc * inverse[:, None]
+    inverse = tl.where(no_key, 0.0, inverse)
+    out = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
+    store_rows(out + row_offset(row * size.width + col, size, S), acc, stored, S)
     stats = stats_ptr + row_id * 2 * S.num_queries + m
     tl.store(stats, tl.where(no_key, 0.0, peak), mask=m < S.num_queries)
     tl.store(stats + S.num_queries, inverse, mask=m < S.num_queries)
@@ -151,20 +149,25 @@ def launch_forward(
     stats = problem.new_stats(query)
     if query.numel() == 0:
         return out, stats
-    tile = problem.tile
-    grid = (problem.num_windows * problem.query_blocks, query.shape[3], query.shape[0])
-    forward_kernel[grid](
+    tile = problem.tile("forward")
+    levels = problem.levels([cut(keys, tile.block_n) for keys in problem.geometry.keys_per_level])
+    shape = problem.shape(levels, tile.block_m, query, key, value)
+    items = query.shape[0] * problem.num_windows
+    forward_kernel[(items * shape.m_pad // tile.block_m, query.shape[3])](
         query=token_map(query),
         key=token_map(key),
         value=token_map(value),
         coarse_k_ptr=problem.coarse_key,
         coarse_v_ptr=problem.coarse_value,
-        bias_ptr=problem.padded_bias(bias),
+        bias_ptr=problem.fragment_bias(bias, shape, tile.block_m),
         out_ptr=out,
         stats_ptr=stats,
-        **problem.common_arguments(),
+        seed_ptr=problem.seed_ptr,
+        size=problem.size,
+        S=shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
+        ACC_TYPE=acc_type(query.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

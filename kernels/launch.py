@@ -1,17 +1,14 @@
-"""From tensors to a launch: tile sizes by head and device, padded biases, argument bundles.
-
-The table is plain Python: tuning is a measurement that rewrites it, never a search at run time.
-"""
+"""From tensors to a launch: tile sizes by head and device, padded biases, argument bundles."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,30 +16,25 @@ from torch import Tensor
 from kernels.dropout import keep_threshold
 from kernels.geometry import FocalGeometry
 from kernels.launch_table import ANY_TARGET, TABLE, Tile
-from kernels.tiles import CoarseLevel, PoolShape, Shape, Size, TokenMap
+from kernels.tiles import Level, PoolShape, Shape, Size, TokenMap
+
+__all__ = [
+    "GradientPlan",
+    "PoolProblem",
+    "Problem",
+    "device_target",
+    "pick_tile",
+    "sum_dtype",
+    "token_map",
+]
 
 LOG2E = 1.4426950408889634
-__all__ = ["PoolProblem", "Problem", "Tile", "pick_tile", "sum_dtype", "token_map"]
-
-
-@dataclass(frozen=True)
-class KeyLevel:
-    """How the gradients of one level's keys are cut into programs; see `kernels.backward`."""
-
-    fine: bool
-    start: int  # first cell of the level in the packed maps
-    first: int  # first key of the level in canonical order
-    sub: int
-    cells: int
-    region: int
-    group: int  # windows along one side of the square of keys that a program owns
-    squares: int
-    blocks: int
-    block_k: int
-
-
 FLOAT64_TILE = Tile(64, 64, 4, 1)  # float64 runs under the interpreter alone, where fewer is faster
 LARGEST_HEAD_TILE = Tile(16, 16, 8, 1)
+# Of the gradients' workspace, to stay in the second-level cache of a large GPU (40 MB and up).
+WORKSPACE_BYTES = 2**25
+# Of a gradient launch: two waves of a large GPU. More would only sum the bias in more parts.
+GRADIENT_PROGRAMS = 512
 
 
 def pick_tile(
@@ -51,7 +43,7 @@ def pick_tile(
     """The launch configuration for a head; windows of few queries take a smaller query tile.
 
     Args:
-        kernel: ``"forward"``, ``"query_gradient"``, ``"bias_gradient"`` or ``"key_gradient"``.
+        kernel: ``"forward"`` or ``"gradient"``.
         head_dim: Numbers of a head.
         dtype: Of query, key and value.
         num_queries: Queries of a window.
@@ -85,6 +77,22 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def cut(keys: int, block_n: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Cut a level's keys into whole tiles and a tail of smaller ones, powers of two from 16 up.
+
+    Returns:
+        Keys in whole tiles, and (first key, size) of each tile of the tail.
+    """
+    start = full = keys // block_n * block_n
+    tail = []
+    while start < keys:
+        rest = _round_up(keys - start, 16)
+        size = 1 << (rest.bit_length() - 1)
+        tail.append((start, size))
+        start += size
+    return full, tuple(tail)
+
+
 def float32_precision() -> str:
     """How float32 products are made: exactly, unless the user allowed TF32 in PyTorch."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -105,6 +113,15 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def offsets_fit(*maps: Tensor) -> bool:
+    """Whether 32 bits hold every offset inside one image of these maps."""
+    return all(
+        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+        < 2**31
+        for x in maps
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of the operator: everything that its kernels are launched with.
@@ -115,7 +132,7 @@ class Problem:
         dtype: Of query, key, value and out.
         coarse_key: Packed pooled keys `[batch, coarse_cells, heads, head_dim]`.
         coarse_value: Packed pooled values.
-        scale: Factor on the scores.
+        scale: Factor on the scores, positive.
         map_size: Rows and columns that hold real tokens.
         dropout_p: Probability that a weight is dropped.
         dropout_seed: int64 `[1]`, or None without dropout.
@@ -131,33 +148,37 @@ class Problem:
     dropout_p: float
     dropout_seed: Tensor | None
 
-    @cached_property
-    def tile(self) -> Tile:
-        """Tile sizes and launch options."""
-        return pick_tile("forward", self.query_shape[4], self.dtype, self.geometry.num_queries)
+    def tile(self, kernel: str) -> Tile:
+        """Tile sizes and launch options of a kernel."""
+        target = device_target(self.coarse_key.device)
+        return pick_tile(kernel, self.query_shape[4], self.dtype, self.geometry.num_queries, target)
 
-    @cached_property
-    def shape(self) -> Shape:
-        """Compile-time settings."""
-        geometry, tile, head_dim = self.geometry, self.tile, self.query_shape[4]
-        coarse, first = [], geometry.keys_per_level[0]
-        for level, spec in enumerate(geometry.levels[1:], start=1):
-            cells = geometry.cells(level)
-            coarse.append(CoarseLevel(first, spec.subwindow_size, cells, spec.region_size))
-            first += spec.region_size**2
+    def shape(self, levels: tuple[Level, ...], block_m: int, *maps: Tensor) -> Shape:
+        """Compile-time settings.
+
+        Args:
+            levels: How each level's keys are cut into tiles.
+            block_m: Queries of a tile.
+            maps: Query, key, value and other maps that the kernels read through strides.
+        """
+        geometry, size, head_dim = self.geometry, self.size, self.query_shape[4]
+        key, value = maps[1:3]
+        image = size.pad_h * size.pad_w * size.num_heads * head_dim
         return Shape(
             window=geometry.window_size,
-            region=geometry.levels[0].region_size,
-            coarse=tuple(coarse),
+            levels=levels,
             num_queries=geometry.num_queries,
             num_keys=geometry.num_keys,
             shift=geometry.shift,
             wrap=geometry.boundary == "wrap",
-            one_period=geometry.margin(0) + geometry.shift <= min(self.size.pad_h, self.size.pad_w),
+            one_period=geometry.margin(0) + geometry.shift <= min(size.pad_h, size.pad_w),
+            even=(size.height, size.width) == (size.pad_h, size.pad_w) == (size.map_h, size.map_w),
+            narrow=offsets_fit(*maps) and image < 2**31,
+            same_strides=key.stride()[1:] == value.stride()[1:],
             head_dim=head_dim,
             block_d=padded_head_dim(head_dim),
-            m_pad=self.m_pad,
-            n_pad=_round_up(geometry.num_keys, tile.block_n),
+            m_pad=_round_up(geometry.num_queries, block_m),
+            n_pad=levels[-1].column + levels[-1].width,
             precision=float32_precision(),
             score_factor=self.scale * LOG2E,
             scale=self.scale,
@@ -165,20 +186,23 @@ class Problem:
             keep_factor=1.0 / (1.0 - self.dropout_p),
         )
 
+    def levels(self, cuts: list[tuple[int, tuple[tuple[int, int], ...]]]) -> tuple[Level, ...]:
+        """Each level's sizes; ``cuts`` says how its keys are cut into tiles, see `cut`."""
+        levels, first, column = [], 0, 0
+        for index, (full, tail) in enumerate(cuts):
+            spec, cells = self.geometry.levels[index], self.geometry.cells(index)
+            level = Level(
+                index == 0, spec.subwindow_size, cells, spec.region_size, first, column, full, tail
+            )
+            levels.append(level)
+            first += spec.region_size**2
+            column += level.width
+        return tuple(levels)
+
     @cached_property
     def num_windows(self) -> int:
         """Windows of one image."""
         return math.prod(self.geometry.num_windows(*self.query_shape[1:3]))
-
-    @property
-    def m_pad(self) -> int:
-        """Queries of a window, rounded up to whole tiles."""
-        return _round_up(self.geometry.num_queries, self.tile.block_m)
-
-    @property
-    def query_blocks(self) -> int:
-        """Query tiles of a window."""
-        return self.m_pad // self.tile.block_m
 
     def new_stats(self, like: Tensor) -> Tensor:
         """Empty `[batch, windows, heads, 2, window²]`: two numbers per query."""
@@ -193,61 +217,122 @@ class Problem:
         padded = self.geometry.padded_size(height, width)
         return Size(height, width, *padded, *self.map_size, heads, self.coarse_key.shape[1])
 
-    def common_arguments(self) -> dict[str, Any]:
-        """Arguments that every attention kernel takes."""
-        return {
-            # Without dropout no kernel reads the seed: any pointer serves.
-            "seed_ptr": self.coarse_key if self.dropout_seed is None else self.dropout_seed,
-            "size": self.size,
-            "S": self.shape,
-            "ACC_TYPE": acc_type(self.dtype),
-        }
+    @property
+    def seed_ptr(self) -> Tensor:
+        """The dropout seed; without dropout no kernel reads it, and any pointer serves."""
+        return self.coarse_key if self.dropout_seed is None else self.dropout_seed
 
-    def key_levels(self) -> list[KeyLevel]:
-        """The levels of this call, finest first."""
-        geometry, (rows, cols) = self.geometry, self.geometry.num_windows(*self.query_shape[1:3])
-        levels, start, first = [], 0, 0
-        for index, spec in enumerate(geometry.levels):
-            cells = geometry.cells(index)
-            # A tensor core takes 16 keys: a square of coarse cells spans several windows.
-            group = 1 if index == 0 else max(1, 4 // cells)
-            keys = (group * cells) ** 2
-            block_k = min(self.tile.block_m, max(16, triton.next_power_of_2(keys)))
-            levels.append(
-                KeyLevel(
-                    fine=index == 0,
-                    start=start,
-                    first=first,
-                    sub=spec.subwindow_size,
-                    cells=cells,
-                    region=spec.region_size,
-                    group=group,
-                    squares=-(-rows // group) * -(-cols // group),
-                    blocks=-(-keys // block_k),
-                    block_k=block_k,
-                )
-            )
-            first += spec.region_size**2
-            if index > 0:
-                start += math.prod(geometry.map_cells(index, *self.query_shape[1:3]))
-        return levels
+    def fragment_bias(self, bias: Tensor, shape: Shape, block_m: int) -> Tensor:
+        """The bias as score tiles take it: divided by the scale, padded, in fragment order.
 
-    def padded_bias(self, bias: Tensor) -> Tensor:
-        """`[heads, m_pad, n_pad]`, times log2(e), -inf beyond the last key: tiles need no mask."""
-        rows = self.shape.m_pad - self.geometry.num_queries
-        cols = self.shape.n_pad - self.geometry.num_keys
-        scaled = F.pad(bias.to(sum_dtype(self.dtype)) * LOG2E, (0, cols), value=-torch.inf)
-        return F.pad(scaled, (0, 0, 0, rows)).to(self.dtype)
+        A tensor core leaves a 16 × 8 block of scores in 32 threads: row ``r`` and column ``c`` are
+        in thread ``4 · (r % 8) + c // 2``, each holding two columns of two rows. Stored in that
+        order a thread's four numbers are 16 bytes in a row, so the bias goes from memory into the
+        accumulator by the widest load and without an exchange. Any other order of the hardware's
+        costs time and stays correct.
 
-    def transposed_bias(self, bias: Tensor) -> Tensor:
-        """`[heads, num_keys + 1, m_pad]`, times log2(e), for kernels that walk over queries.
+        Args:
+            bias: `[heads, window², num_keys]`.
+            shape: Of the kernel that reads it.
+            block_m: Queries of its tiles.
 
-        A key that a window does not attend reads the last row, which is -inf throughout, and so are
-        the columns beyond the last query.
+        Returns:
+            `[heads, query blocks, n_pad / 8, block_m / 16, 8, 4, 2, 2]`: keys, 16 queries, row and
+            column of threads, upper or lower row, left or right column. -inf beyond the last key
+            of a level.
         """
-        cols = self.shape.m_pad - self.geometry.num_queries
-        scaled = bias.to(sum_dtype(self.dtype)).mT * LOG2E
-        return F.pad(scaled, (0, cols, 0, 1), value=-torch.inf).to(self.dtype)
+        dtype = sum_dtype(self.dtype)
+        heads, queries, _ = bias.shape
+        padded = bias.new_full((heads, shape.m_pad, shape.n_pad), -torch.inf, dtype=dtype)
+        scaled = bias.to(dtype) / self.scale
+        for level in shape.levels:
+            keys = level.region**2
+            columns = padded[:, :, level.column : level.column + keys]
+            columns[:, :queries] = scaled[:, :, level.first : level.first + keys]
+            columns[:, queries:] = 0.0
+        blocks = padded.view(heads, -1, block_m // 16, 2, 8, shape.n_pad // 8, 4, 2)
+        return blocks.permute(0, 1, 5, 2, 4, 6, 3, 7).contiguous()
+
+
+@dataclass(frozen=True)
+class GradientLevel:
+    """How the gradients of one level are cut into programs."""
+
+    level: Level
+    block_n: int
+    tiles: int
+    first_tile: int  # among the key tiles of all levels
+    start: int  # first cell in the packed maps
+    cells: int  # of the level on the padded map
+
+
+class GradientPlan:
+    """How a backward pass is cut into launches and programs.
+
+    Args:
+        problem: The call.
+        maps: Query, key, value and the gradient of out.
+    """
+
+    def __init__(self, problem: Problem, *maps: Tensor) -> None:
+        self.problem = problem
+        self.tile = problem.tile("gradient")
+        geometry, (height, width) = problem.geometry, problem.query_shape[1:3]
+        blocks = [
+            min(self.tile.block_n, max(16, triton.next_power_of_2(keys)))
+            for keys in geometry.keys_per_level
+        ]
+        widths = [
+            _round_up(keys, block)
+            for keys, block in zip(geometry.keys_per_level, blocks, strict=True)
+        ]
+        levels = problem.levels([(width, ()) for width in widths])
+        self.shape = problem.shape(levels, self.tile.block_m, *maps)
+        self.levels: list[GradientLevel] = []
+        first_tile = start = 0
+        for index, (level, block) in enumerate(zip(levels, blocks, strict=True)):
+            tiles, cells = level.width // block, math.prod(geometry.map_cells(index, height, width))
+            self.levels.append(GradientLevel(level, block, tiles, first_tile, start, cells))
+            first_tile += tiles
+            start += cells if index else 0
+        self.num_tiles = first_tile
+
+    @property
+    def query_blocks(self) -> int:
+        """Query tiles of a window."""
+        return self.shape.m_pad // self.tile.block_m
+
+    @cached_property
+    def images(self) -> int:
+        """Images whose parts the workspace holds at a time."""
+        problem, shape = self.problem, self.shape
+        widest = max(level.width for level in shape.levels)
+        rows = self.num_tiles * shape.m_pad + 2 * self.query_blocks * widest
+        per_window = problem.query_shape[3] * rows * shape.block_d * problem.dtype.itemsize
+        fit = WORKSPACE_BYTES // (problem.num_windows * per_window)
+        return max(1, min(fit, problem.query_shape[0]))
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of windows, each summed by one program."""
+        programs = self.num_tiles * self.query_blocks * self.problem.query_shape[3]
+        items = self.images * self.problem.num_windows
+        return min(items, -(-GRADIENT_PROGRAMS // programs))
+
+    def workspace(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty parts of query, key and value gradients; see `kernels.backward`."""
+        shape, heads = self.shape, self.problem.query_shape[3]
+        items = self.images * self.problem.num_windows
+        widest = max(level.width for level in shape.levels)
+        keys = (items, heads, self.query_blocks, widest, shape.block_d)
+        queries = (items, heads, self.num_tiles, shape.m_pad, shape.block_d)
+        return like.new_empty(queries), like.new_empty(keys), like.new_empty(keys)
+
+    def chunks(self) -> Iterator[range]:
+        """Images of each round of launches."""
+        batch = self.problem.query_shape[0]
+        for start in range(0, batch, self.images):
+            yield range(start, min(start + self.images, batch))
 
 
 @dataclass(frozen=True)
@@ -274,18 +359,20 @@ class PoolProblem:
         return math.prod(self.geometry.map_cells(self.level, *self.shape[1:3]))
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Cell tiles, heads, batch."""
-        return -(-self.num_cells // self.BLOCK), self.shape[3], self.shape[0]
+    def grid(self) -> tuple[int, int]:
+        """Cell tiles of all images, heads."""
+        return self.shape[0] * -(-self.num_cells // self.BLOCK), self.shape[3]
 
-    def common_arguments(self) -> dict[str, Any]:
+    def common_arguments(self, key: Tensor, value: Tensor) -> dict[str, Any]:
         """Arguments that both pooling kernels take."""
         _, height, width, heads, head_dim = self.shape
         padded = self.geometry.padded_size(height, width)
+        narrow = offsets_fit(key, value) and math.prod(padded) * heads * head_dim < 2**31
         return {
+            "key": token_map(key),
+            "value": token_map(value),
             "size": Size(height, width, *padded, height, width, heads, self.num_cells),
-            "num_cells": self.num_cells,
-            "S": PoolShape(self.geometry.shift, head_dim, padded_head_dim(head_dim)),
+            "S": PoolShape(self.geometry.shift, narrow, head_dim, padded_head_dim(head_dim)),
             "SUB": self.geometry.levels[self.level].subwindow_size,
             "BLOCK": self.BLOCK,
             "ACC_TYPE": acc_type(self.dtype),

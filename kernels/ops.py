@@ -23,6 +23,7 @@ from kernels.pooling import launch_pool, launch_pool_backward
 
 __all__ = ["INTERPRETED", "focal_attention"]
 
+SMALLEST_SCALE = 2.0**-16
 # Triton decides at decoration whether a kernel is compiled or interpreted.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -41,6 +42,8 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
+    if scale < SMALLEST_SCALE:  # the kernels divide the bias by it
+        query, scale = query * scale, 1.0
     code = encode_geometry(geometry)
     pooled = []
     for level, entry in enumerate(pooling, start=1):
@@ -116,7 +119,8 @@ def _pool(
 ) -> tuple[Tensor, Tensor]:
     key, value = _rows(key), _rows(value)
     problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
-    return launch_pool(key, value, weight, key_offset, value_offset, problem)
+    with torch.cuda.device_of(key):
+        return launch_pool(key, value, weight, key_offset, value_offset, problem)
 
 
 @_pool.register_fake
@@ -140,7 +144,8 @@ def _pool_backward(
     key, value = _rows(key), _rows(value)
     problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
     grads = grad_key.contiguous(), grad_value.contiguous()
-    return launch_pool_backward(*grads, key, value, weight, problem)
+    with torch.cuda.device_of(key):
+        return launch_pool_backward(*grads, key, value, weight, problem)
 
 
 @_pool_backward.register_fake
@@ -190,7 +195,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     problem = _problem(query, coarse_key, coarse_value, *settings)
-    return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)
+    with torch.cuda.device_of(query):
+        return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)
 
 
 @_attention.register_fake
@@ -219,7 +225,8 @@ def _attention_backward(
     settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     problem = _problem(query, coarse_key, coarse_value, *settings)
     grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
-    return launch_backward(grad_out, query, key, value, bias, out, stats, problem)
+    with torch.cuda.device_of(query):
+        return launch_backward(grad_out, query, key, value, bias, out, stats, problem)
 
 
 @_attention_backward.register_fake

@@ -8,17 +8,28 @@ smaller than the map, so they are written once and every window that attends a c
 
 Layouts: k, v `[batch, height, width, heads, head_dim]` with a contiguous last axis, zero beyond
 their storage; pooled `[batch, cells, heads, head_dim]`, cells of the rolled, padded map row-major.
-Grid: (cell tiles, heads, batch). Backward gives each program the tokens under its cells, so that no
-two write the same place; gradients of the weights are summed per program and then over programs.
+Grid: (cell tiles of all images, heads). Backward gives each program the tokens under its cells, so
+that no two write the same place; gradients of the weights are summed per program and then over
+programs.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import PoolProblem, sum_dtype, token_map
-from kernels.tiles import load_rows, store_rows, token_rows, unroll
+from kernels.launch import PoolProblem, sum_dtype
+from kernels.tiles import (
+    image_ptr,
+    load_rows,
+    packed_ptr,
+    row_offset,
+    store_rows,
+    token_offset,
+    unroll,
+)
 
 __all__ = ["launch_pool", "launch_pool_backward"]
 
@@ -33,58 +44,71 @@ def locate_token(cell, exists, i, size, S: tl.constexpr, SUB: tl.constexpr):
 
 
 @triton.jit
+def locate_cells(size, BLOCK: tl.constexpr):
+    """Batch and cells of this program."""
+    tiles = (size.coarse_cells + BLOCK - 1) // BLOCK
+    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def pool_kernel(
-    key, value, weight_ptr, k_offset_ptr, v_offset_ptr, pooled_k_ptr, pooled_v_ptr, size, num_cells,
+    key, value, weight_ptr, k_offset_ptr, v_offset_ptr, pooled_k_ptr, pooled_v_ptr, size,
     S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Pooled keys and values of one tile of cells."""
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, cell = locate_cells(size, BLOCK)
     head = tl.program_id(1)
-    batch = tl.program_id(2)
-    exists = cell < num_cells
+    exists = cell < size.coarse_cells
     offset = head * S.head_dim + cell * 0  # one row of offsets for every cell
-    acc_k = load_rows(k_offset_ptr + offset, exists, S).to(ACC_TYPE)  # [BLOCK, block_d]
-    acc_v = load_rows(v_offset_ptr + offset, exists, S).to(ACC_TYPE)
+    acc_k = load_rows(k_offset_ptr + offset, exists, False, S).to(ACC_TYPE)  # [BLOCK, block_d]
+    acc_v = load_rows(v_offset_ptr + offset, exists, False, S).to(ACC_TYPE)
+    k_image = image_ptr(key, batch, head)
+    v_image = image_ptr(value, batch, head)
     for i in range(SUB * SUB):
         weight = tl.load(weight_ptr + i).to(ACC_TYPE)
         row, col, stored = locate_token(cell, exists, i, size, S, SUB)
-        k = load_rows(token_rows(key, batch, row, col, head), stored, S)
-        v = load_rows(token_rows(value, batch, row, col, head), stored, S)
+        k = load_rows(k_image + token_offset(key, row, col, S), stored, False, S)
+        v = load_rows(v_image + token_offset(value, row, col, S), stored, False, S)
         acc_k += weight * k.to(ACC_TYPE)
         acc_v += weight * v.to(ACC_TYPE)
-    target = ((batch.to(tl.int64) * num_cells + cell) * size.num_heads + head) * S.head_dim
-    store_rows(pooled_k_ptr + target, acc_k, exists, S)
-    store_rows(pooled_v_ptr + target, acc_v, exists, S)
+    place = row_offset(cell, size, S)
+    k_target = packed_ptr(pooled_k_ptr, batch, size.coarse_cells, head, size, S)
+    v_target = packed_ptr(pooled_v_ptr, batch, size.coarse_cells, head, size, S)
+    store_rows(k_target + place, acc_k, exists, S)
+    store_rows(v_target + place, acc_v, exists, S)
 
 
 @triton.jit
 def pool_backward_kernel(
     key, value, weight_ptr, grad_k_ptr, grad_v_ptr, out_k_ptr, out_v_ptr, partial_ptr, size,
-    num_cells,
     S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tokens under one tile of cells, and this tile's part of the weights'.
 
-    ``partial`` `[batch, heads, cell tiles, SUB²]`.
+    ``partial`` `[cell tiles of all images, heads, SUB²]`.
     """
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, cell = locate_cells(size, BLOCK)
     head = tl.program_id(1)
-    batch = tl.program_id(2)
-    exists = cell < num_cells
-    source = ((batch.to(tl.int64) * num_cells + cell) * size.num_heads + head) * S.head_dim
-    grad_k = load_rows(grad_k_ptr + source, exists, S).to(ACC_TYPE)  # [BLOCK, block_d]
-    grad_v = load_rows(grad_v_ptr + source, exists, S).to(ACC_TYPE)
-    program = (batch.to(tl.int64) * size.num_heads + head) * tl.num_programs(0) + tl.program_id(0)
+    exists = cell < size.coarse_cells
+    place = row_offset(cell, size, S)
+    k_source = packed_ptr(grad_k_ptr, batch, size.coarse_cells, head, size, S)
+    v_source = packed_ptr(grad_v_ptr, batch, size.coarse_cells, head, size, S)
+    grad_k = load_rows(k_source + place, exists, False, S).to(ACC_TYPE)  # [BLOCK, block_d]
+    grad_v = load_rows(v_source + place, exists, False, S).to(ACC_TYPE)
+    k_target = packed_ptr(out_k_ptr, batch, size.height * size.width, head, size, S)
+    v_target = packed_ptr(out_v_ptr, batch, size.height * size.width, head, size, S)
+    program = tl.program_id(0).to(tl.int64) * size.num_heads + head
+    k_image = image_ptr(key, batch, head)
+    v_image = image_ptr(value, batch, head)
     for i in range(SUB * SUB):
         weight = tl.load(weight_ptr + i).to(ACC_TYPE)
         row, col, stored = locate_token(cell, exists, i, size, S, SUB)
-        k = load_rows(token_rows(key, batch, row, col, head), stored, S).to(ACC_TYPE)
-        v = load_rows(token_rows(value, batch, row, col, head), stored, S).to(ACC_TYPE)
+        k = load_rows(k_image + token_offset(key, row, col, S), stored, False, S).to(ACC_TYPE)
+        v = load_rows(v_image + token_offset(value, row, col, S), stored, False, S).to(ACC_TYPE)
         tl.store(partial_ptr + program * (SUB * SUB) + i, tl.sum(grad_k * k + grad_v * v))
-        token = (batch.to(tl.int64) * size.height + row) * size.width + col
-        token = (token * size.num_heads + head) * S.head_dim
-        store_rows(out_k_ptr + token, weight * grad_k, stored, S)
-        store_rows(out_v_ptr + token, weight * grad_v, stored, S)
+        token = row_offset(row * size.width + col, size, S)
+        store_rows(k_target + token, weight * grad_k, stored, S)
+        store_rows(v_target + token, weight * grad_v, stored, S)
 
 
 def launch_pool(
@@ -114,14 +138,12 @@ def launch_pool(
         return pooled[0], pooled[1]
     zero = key.new_zeros(heads, head_dim)
     pool_kernel[problem.grid](
-        key=token_map(key),
-        value=token_map(value),
         weight_ptr=weight.contiguous(),
         k_offset_ptr=zero if key_offset is None else key_offset.contiguous(),
         v_offset_ptr=zero if value_offset is None else value_offset.contiguous(),
         pooled_k_ptr=pooled[0],
         pooled_v_ptr=pooled[1],
-        **problem.common_arguments(),
+        **problem.common_arguments(key, value),
     )
     return pooled[0], pooled[1]
 
@@ -150,19 +172,16 @@ def launch_pool_backward(
     grads = [torch.empty(key.shape, dtype=key.dtype, device=key.device) for _ in range(2)]
     if key.numel() == 0:
         return grads[0], grads[1], torch.zeros_like(weight)
-    tiles, heads, batch = problem.grid
     partial = torch.empty(
-        batch * heads * tiles, weight.numel(), dtype=sum_dtype(key.dtype), device=key.device
+        math.prod(problem.grid), weight.numel(), dtype=sum_dtype(key.dtype), device=key.device
     )
     pool_backward_kernel[problem.grid](
-        key=token_map(key),
-        value=token_map(value),
         weight_ptr=weight.contiguous(),
         grad_k_ptr=grad_key,
         grad_v_ptr=grad_value,
         out_k_ptr=grads[0],
         out_v_ptr=grads[1],
         partial_ptr=partial,
-        **problem.common_arguments(),
+        **problem.common_arguments(key, value),
     )
     return grads[0], grads[1], partial.sum(0).view_as(weight).to(weight.dtype)

@@ -3,6 +3,9 @@
 Vocabulary, as in `kernels.geometry`: a map is stored as ``height × width`` tokens, counts as
 ``pad_h × pad_w`` (whole windows), of which ``map_h × map_w`` are real, and is read rolled by
 ``shift``. Rows and columns are in the rolled map unless they are called stored.
+
+Keys are taken level by level, in tiles that never mix two levels: a level's keys are rounded up to
+whole tiles, and the places beyond the last key repeat it with a bias of -inf.
 """
 
 from typing import Any, NamedTuple
@@ -34,32 +37,47 @@ class Size(NamedTuple):
     coarse_cells: Any  # cells of all coarse levels of one image
 
 
-class CoarseLevel(NamedTuple):
-    """Compile-time sizes of a coarse level; ``first`` is its first key in canonical order."""
+class Level(NamedTuple):
+    """Compile-time sizes of one level of keys.
 
-    first: int
+    ``full`` keys fill whole tiles; ``tail`` lists (first key, size) of the smaller tiles that hold
+    the rest.
+    """
+
+    fine: bool  # level 0, of tokens
     sub: int
-    cells: int
+    cells: int  # of a window, along one side
     region: int
+    first: int  # first key in canonical order
+    column: int  # first column in padded biases
+    full: int
+    tail: tuple[tuple[int, int], ...]
+
+    @property
+    def width(self) -> int:
+        """Columns in padded biases."""
+        return self.full + sum(size for _, size in self.tail)
 
 
 class Shape(NamedTuple):
     """Compile-time settings: the sizes of a geometry and a head, the scale, the dropout."""
 
     window: int
-    region: int
-    coarse: tuple[CoarseLevel, ...]
+    levels: tuple[Level, ...]
     num_queries: int
     num_keys: int
     shift: int
     wrap: bool
     one_period: bool  # no key lies further than one map beyond the edge
+    even: bool  # whole windows are stored, and all their tokens are real
+    narrow: bool  # 32 bits hold every offset inside an image
+    same_strides: bool  # of key and value, so that they share offsets
     head_dim: int
     block_d: int  # head_dim rounded up to a power of two, at least 16
     m_pad: int  # queries of a window, rounded up to whole tiles
-    n_pad: int  # keys of a window, rounded up to whole tiles
+    n_pad: int  # keys of a window, each level rounded up to whole tiles
     precision: str  # of float32 products: "ieee" or "tf32"
-    score_factor: float  # scale · log2(e): scores are taken in base 2
+    score_factor: float  # scale · log2(e): exponentials are taken in base 2
     scale: float
     drop_threshold: int  # 0 without dropout; see `kernels.dropout`
     keep_factor: float  # 1 / (1 − p)
@@ -69,6 +87,7 @@ class PoolShape(NamedTuple):
     """The part of `Shape` that pooling needs."""
 
     shift: int
+    narrow: bool
     head_dim: int
     block_d: int
 
@@ -83,11 +102,23 @@ def unroll(line, pad_side, S: tl.constexpr):
 
 
 @triton.jit
+def locate_window(item, size, S: tl.constexpr):
+    """Batch, row and column of window ``item`` of all images."""
+    win_cols = size.pad_w // S.window
+    num_windows = (size.pad_h // S.window) * win_cols
+    batch = item // num_windows
+    window = item % num_windows
+    return batch, window // win_cols, window % win_cols
+
+
+@triton.jit
 def locate_queries(m, win_row, win_col, size, S: tl.constexpr):
     """Stored row and column of query ``m`` of a window, and whether the map holds such a token."""
     row = unroll(win_row * S.window + m // S.window, size.pad_h, S)
     col = unroll(win_col * S.window + m % S.window, size.pad_w, S)
-    stored = (m < S.num_queries) & (row < size.height) & (col < size.width)
+    stored = m < S.num_queries
+    if not S.even:
+        stored = stored & (row < size.height) & (col < size.width)
     return row, col, stored
 
 
@@ -112,14 +143,18 @@ def locate_fine(row, col, size, S: tl.constexpr):
     if S.wrap:
         row = wrap(row, size.pad_h, S)
         col = wrap(col, size.pad_w, S)
-        stored = (row < size.height) & (col < size.width)
         valid = (row >= 0) & (col >= 0)  # every position wraps onto a token
+        stored = valid
+        if not S.even:
+            stored = (row < size.height) & (col < size.width)
     else:
         valid = (row >= 0) & (row < size.pad_h) & (col >= 0) & (col < size.pad_w)
         row = unroll(row, size.pad_h, S)
         col = unroll(col, size.pad_w, S)
-        valid = valid & (row < size.map_h) & (col < size.map_w)
-        stored = valid & (row < size.height) & (col < size.width)
+        stored = valid
+        if not S.even:
+            valid = valid & (row < size.map_h) & (col < size.map_w)
+            stored = valid & (row < size.height) & (col < size.width)
     return row, col, stored, valid
 
 
@@ -127,7 +162,7 @@ def locate_fine(row, col, size, S: tl.constexpr):
 def cell_is_key(cell, pad_side, map_side, SUB: tl.constexpr, S: tl.constexpr):
     """Whether a row or column of cells holds keys: on the map, and not padding under "mask"."""
     valid = (cell >= 0) & (cell < pad_side // SUB)
-    if not S.wrap:
+    if not (S.wrap or S.even):
         first = unroll(cell * SUB, pad_side, S)
         valid = valid & ((first < map_side) | (first + SUB > pad_side))
     return valid
@@ -142,6 +177,13 @@ def seam_side(row, col, size, S: tl.constexpr):
 
 
 @triton.jit
+def query_seam_side(m, win_row, win_col, size, S: tl.constexpr):
+    """`seam_side` of the queries of a window."""
+    row = win_row * S.window + m // S.window
+    return seam_side(row, win_col * S.window + m % S.window, size, S)
+
+
+@triton.jit
 def key_seam_side(row, col, win_row, win_col, size, S: tl.constexpr):
     """`seam_side` of in-window keys, -1 for the others: the seam parts in-window pairs alone."""
     down = row - win_row * S.window
@@ -151,13 +193,18 @@ def key_seam_side(row, col, win_row, win_col, size, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, mask, S: tl.constexpr):
-    """`[BLOCK, block_d]`: head_dim numbers from each of ``rows``; zeros where ``mask`` is false."""
+def load_rows(rows, mask, ALL: tl.constexpr, S: tl.constexpr):
+    """`[BLOCK, block_d]`: head_dim numbers from each of ``rows``; zeros where ``mask`` is false.
+
+    ALL says that ``mask`` is true throughout.
+    """
     d = tl.arange(0, S.block_d)
-    mask = mask[:, None]
+    places = rows[:, None] + d[None, :]
     if S.head_dim != S.block_d:
-        mask = mask & (d < S.head_dim)[None, :]
-    return tl.load(rows[:, None] + d[None, :], mask=mask, other=0.0)
+        return tl.load(places, mask=mask[:, None] & (d < S.head_dim)[None, :], other=0.0)
+    if ALL:
+        return tl.load(places)
+    return tl.load(places, mask=mask[:, None], other=0.0)
 
 
 @triton.jit
@@ -171,99 +218,89 @@ def store_rows(rows, tile, mask, S: tl.constexpr):
 
 
 @triton.jit
-def token_rows(tokens, batch, row, col, head):
-    """Pointers to the first number of a head of tokens, in 64 bits before a stride multiplies."""
-    start = batch.to(tl.int64) * tokens.stride_b + head.to(tl.int64) * tokens.stride_h
-    place = row.to(tl.int64) * tokens.stride_r + col.to(tl.int64) * tokens.stride_c
-    return tokens.ptr + start + place
+def image_ptr(tokens, batch, head):
+    """Pointer to a head of the first token of an image, in 64 bits before a stride multiplies."""
+    return tokens.ptr + batch.to(tl.int64) * tokens.stride_b + head.to(tl.int64) * tokens.stride_h
 
 
 @triton.jit
-def cell_rows(ptr, batch, cell, head, size, S: tl.constexpr):
-    """Pointers to the first number of a head of packed coarse cells."""
-    index = batch.to(tl.int64) * size.coarse_cells + cell
-    return ptr + (index * size.num_heads + head) * S.head_dim
+def token_offset(tokens, row, col, S: tl.constexpr):
+    """Offsets of tokens from `image_ptr`."""
+    if not S.narrow:
+        row = row.to(tl.int64)
+        col = col.to(tl.int64)
+    return row * tokens.stride_r + col * tokens.stride_c
 
 
 @triton.jit
-def coarse_level_keys(
-    n, cell, valid, level_start, win_row, win_col, size, L: tl.constexpr, S: tl.constexpr
-):
-    """Fill in packed cell number and validity of the keys ``n`` that belong to one coarse level."""
-    MARGIN: tl.constexpr = (L.region - L.cells) // 2
-    k = n - L.first
-    row = win_row * L.cells - MARGIN + k // L.region
-    col = win_col * L.cells - MARGIN + k % L.region
-    here = (k >= 0) & (k < L.region * L.region)
-    is_key = cell_is_key(row, size.pad_h, size.map_h, L.sub, S)
-    is_key = is_key & cell_is_key(col, size.pad_w, size.map_w, L.sub, S)
-    cell = tl.where(here, level_start + row * (size.pad_w // L.sub) + col, cell)
-    return cell, valid | (here & is_key)
+def row_offset(index, size, S: tl.constexpr):
+    """Offsets of tokens or cells of one image in a contiguous map `[..., heads, head_dim]`."""
+    if not S.narrow:
+        index = index.to(tl.int64)
+    return index * (size.num_heads * S.head_dim)
 
 
 @triton.jit
-def coarse_keys(n, win_row, win_col, size, S: tl.constexpr):
-    """Packed cell number of coarse keys ``n``, and whether they take part."""
-    cell = n * 0
-    valid = n < 0
-    level_start = 0
-    for i in tl.static_range(len(S.coarse)):
-        cell, valid = coarse_level_keys(
-            n, cell, valid, level_start, win_row, win_col, size, S.coarse[i], S
-        )
-        level_start += (size.pad_h // S.coarse[i].sub) * (size.pad_w // S.coarse[i].sub)
-    return cell, valid
+def packed_ptr(ptr, batch, count, head, size, S: tl.constexpr):
+    """Pointer to a head of the first of ``count`` tokens or cells of an image, all contiguous."""
+    return ptr + (batch.to(tl.int64) * count * size.num_heads + head) * S.head_dim
 
 
 @triton.jit
 def key_tile(
-    n, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-    S: tl.constexpr, FINE: tl.constexpr, COARSE: tl.constexpr,
+    k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+    L: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``n`` (canonical order) of one window; FINE and COARSE say which kinds are among them.
+    """Keys ``k`` of one level of one window; ``level_start`` is its first cell in the packed maps.
 
-    Returns ``(k, v, valid, side)``: tiles `[BLOCK_N, block_d]`, and for each key whether it takes
-    part and its `key_seam_side`.
+    Returns ``(keys, values, valid, side)``: tiles `[BLOCK_N, block_d]`, and for each key whether it
+    takes part and its `key_seam_side`.
     """
-    is_fine = n < S.region * S.region
-    if FINE:
-        MARGIN: tl.constexpr = (S.region - S.window) // 2
-        key_row = win_row * S.window - MARGIN + n // S.region
-        key_col = win_col * S.window - MARGIN + n % S.region
-        row, col, stored, valid = locate_fine(key_row, key_col, size, S)
-        side = key_seam_side(key_row, key_col, win_row, win_col, size, S)
-        if COARSE:
-            stored = stored & is_fine
-            valid = valid & is_fine
-            side = tl.where(is_fine, side, -1)
-        k = load_rows(token_rows(key, batch, row, col, head), stored, S)
-        v = load_rows(token_rows(value, batch, row, col, head), stored, S)
-    if COARSE:
-        cell, is_key = coarse_keys(n, win_row, win_col, size, S)
-        coarse_k = load_rows(cell_rows(coarse_k_ptr, batch, cell, head, size, S), is_key, S)
-        coarse_v = load_rows(cell_rows(coarse_v_ptr, batch, cell, head, size, S), is_key, S)
-        if FINE:
-            # Each row is zero in one of the two: two wide loads cost less than one that must choose
-            # its pointer, which the compiler cuts into single numbers.
-            k += coarse_k
-            v += coarse_v
-            valid = valid | is_key
-        else:
-            k = coarse_k
-            v = coarse_v
-            valid = is_key
-            side = n * 0 - 1
-    return k, v, valid, side
+    MARGIN: tl.constexpr = (L.region - L.cells) // 2
+    place = tl.minimum(k, L.region * L.region - 1)
+    row = win_row * L.cells - MARGIN + place // L.region
+    col = win_col * L.cells - MARGIN + place % L.region
+    if L.fine:
+        side = key_seam_side(row, col, win_row, win_col, size, S)
+        row, col, stored, valid = locate_fine(row, col, size, S)
+        k_rows = image_ptr(key, batch, head)
+        v_rows = image_ptr(value, batch, head)
+        offset = token_offset(key, row, col, S)
+        k_rows += offset
+        v_rows += offset if S.same_strides else token_offset(value, row, col, S)
+        ALL: tl.constexpr = S.wrap and S.even
+        keys = load_rows(k_rows, stored, ALL, S)
+        values = load_rows(v_rows, stored, ALL, S)
+    else:
+        side = place * 0 - 1
+        valid = cell_is_key(row, size.pad_h, size.map_h, L.sub, S)
+        valid = valid & cell_is_key(col, size.pad_w, size.map_w, L.sub, S)
+        offset = row_offset(level_start + row * (size.pad_w // L.sub) + col, size, S)
+        k_rows = packed_ptr(coarse_k_ptr, batch, size.coarse_cells, head, size, S) + offset
+        v_rows = packed_ptr(coarse_v_ptr, batch, size.coarse_cells, head, size, S) + offset
+        keys = load_rows(k_rows, valid, False, S)
+        values = load_rows(v_rows, valid, False, S)
+        d = tl.arange(0, S.block_d)
+        valid = tl.max((valid[:, None] & (d[None, :] >= 0)).to(tl.int32), axis=1) > 0
+    return keys, values, valid, side
 
 
 @triton.jit
-def exclude(
-    score, query_side, key_side, valid, S: tl.constexpr, VALID: tl.constexpr, FINE: tl.constexpr
-):
-    """-inf in scores of pairs that take no part; VALID: no key is invalid, FINE: some are fine."""
-    if not VALID:
+def load_bias(ptr, k, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`[BLOCK_M, BLOCK_N]` from key ``k`` of a level on; see `Problem.fragment_bias`."""
+    ROW: tl.constexpr = 8 * BLOCK_M
+    j = (L.column + k) // 8 + tl.arange(0, BLOCK_N // 8)
+    bias = tl.load(ptr + j[:, None] * ROW + tl.arange(0, ROW)[None, :])
+    bias = tl.reshape(bias, [BLOCK_N // 8, BLOCK_M // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(bias, [1, 4, 2, 0, 3, 5]), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def exclude(score, query_side, key_side, valid, L: tl.constexpr, S: tl.constexpr):
+    """-inf in scores of pairs of a level that take no part."""
+    if not (L.fine and S.wrap):
         score = tl.where(valid, score, -float("inf"))
-    if FINE and S.shift > 0:
+    if L.fine and S.shift > 0:
         score = tl.where((key_side >= 0) & (key_side != query_side), -float("inf"), score)
     return score
 

@@ -150,6 +150,7 @@ def error_ratios(
     device: str = "cpu",
     bias_dtype: torch.dtype | None = None,
     draws: int = 6,
+    **options,
 ) -> dict[str, float]:
     """Errors of a backend as multiples of the oracle's own at that precision.
 
@@ -163,9 +164,9 @@ def error_ratios(
             tensors["bias"] = tensors["bias"].detach().to(bias_dtype).requires_grad_()
         gradient = random_gradient(case, dtype, device)
         exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
-        expected = run(case, exact, "reference", gradient.double())
-        plain = run(case, tensors, "reference", gradient)
-        got = run(case, tensors, backend, gradient)
+        expected = run(case, exact, "reference", gradient.double(), **options)
+        plain = run(case, tensors, "reference", gradient, **options)
+        got = run(case, tensors, backend, gradient, **options)
         for name, tensor in expected.items():
             assert got[name].dtype == (dtype if name == "out" else tensors[name].dtype)
             errors = sums.setdefault(name, [0.0, 0.0])

@@ -35,12 +35,12 @@ SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=1, shift=1)
 MASKED = Case("masked", 4, ((1, 6), (2, 4), (4, 3)), 5, 4, 2, 3, 1, "mask", 1, (5, 3))
 
 
-def check(case: Case, layout=dict, gradient: torch.Tensor | None = None) -> None:
+def check(case: Case, layout=dict, gradient: torch.Tensor | None = None, **options) -> None:
     tensors = make_tensors(case)
     gradient = random_gradient(case) if gradient is None else gradient
-    expected = run(case, tensors, "reference", gradient)
+    expected = run(case, tensors, "reference", gradient, **options)
     with Sanitizer(protected=[*tensors.values(), gradient]) as sanitizer:
-        got = run(case, tensors, "triton", gradient, layout)
+        got = run(case, tensors, "triton", gradient, layout, **options)
     assert not sanitizer.findings
     assert_same(got, expected)
 
@@ -100,9 +100,33 @@ def test_small_tiles_give_the_same(case, block_m, monkeypatch):
 
 @pytest.mark.parametrize("programs", [1, 3, 10**6])
 def test_bias_gradient_in_groups_of_windows_gives_the_same(programs, monkeypatch):
-    # 2 images of 4 windows: one group of 8, three of at most 3, eight of 1.
-    monkeypatch.setattr(backward, "BIAS_PROGRAMS", programs)
+    # 2 images of 4 windows and 2 key tiles: one group of 8, two of 4, eight of 1.
+    monkeypatch.setattr(launch, "GRADIENT_PROGRAMS", programs)
     check(Case("groups", 2, ((1, 4), (2, 3)), 3, 4, heads=1))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_gradients_of_a_few_images_at_a_time_are_the_same(images, monkeypatch):
+    # 3 images: three rounds of 1; one of 2, then one of 1.
+    monkeypatch.setattr(launch.GradientPlan, "images", images)
+    check(Case("rounds", 2, ((1, 4), (2, 3)), 3, 4, heads=1, batch=3))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 0.0, -0.7])
+def test_a_scale_that_the_bias_cannot_be_divided_by(scale):
+    check(SMALL, scale=scale)
+
+
+def test_maps_beyond_32_bits_are_found_so():
+    image = torch.empty(1, device="meta").expand(1, 2**14, 2**14, 2, 4)
+    assert launch.offsets_fit(image)
+    assert not launch.offsets_fit(torch.empty(1, 2**14, 2**14, 2, 4, device="meta"))
+
+
+def test_offsets_of_64_bits_give_the_same(monkeypatch):
+    monkeypatch.setattr(launch, "offsets_fit", lambda *_: False)
+    check(SMALL)
+    check(MASKED)
 
 
 # -- gradients handed in --------------------------------------------------------------------------
@@ -279,3 +303,17 @@ def test_error_is_at_most_twice_the_plain_one(case, dtype):
 def test_a_float32_bias_beside_float16_maps():
     ratios = error_ratios(PRECISE[1], torch.float16, "triton", bias_dtype=torch.float32, draws=1)
     assert_precise(ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_error_is_at_most_twice_the_plain_one_with_two_keys(dtype):
+    # Gradients of the two scores cancel but for rounding.
+    case = Case("two keys", 1, ((1, 3), (1, 1)), 1, 1, 1, 16, 1, boundary="mask")
+    assert_precise(error_ratios(case, dtype, "triton", draws=40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_error_is_at_most_twice_the_plain_one_with_large_scores(dtype):
+    # A scale of 4 makes scores of some tens.
+    case = Case("large scores", 4, ((1, 8), (4, 3)), 6, 5, 2, 32, 1)
+    assert_precise(error_ratios(case, dtype, "triton", draws=3, scale=4.0))
