@@ -5,7 +5,8 @@
 
 For each kernel and width of type a walk starts at the table's tile and steps to the best neighbour
 (one of the four numbers halved, doubled or one off) as long as that saves time: the mean over
-stages 1 to 4 of the candidate's time over that of the tile in hand, both measured in turns. A
+stages 1 to 4 of the candidate's time over that of the tile in hand, both measured in turns, all
+launches of the kernel's pass included, for a tile also settles what is left to the others. A
 candidate that does not compile, spills registers, or whose results the oracle rejects is refused.
 Only entries of this GPU's architecture are written; those of others stay as they are. On a CPU,
 under TRITON_INTERPRET=1, the same runs at tiny sizes to check itself, and nothing is written.
@@ -38,7 +39,7 @@ from kernels import backward, forward, launch_table
 from kernels.launch import device_target, padded_head_dim, pick_tile
 from kernels.launch_table import TABLE, Tile
 
-TUNED = ("forward", "query_gradient", "key_gradient", "bias_gradient")
+TUNED = tuple(dict.fromkeys(key[0] for key in TABLE))  # kernels, as the table names them
 CHOICES = {
     "block_m": (16, 32, 64),  # a window of the released models has 49 queries
     "block_n": (16, 32, 64, 128),
@@ -144,14 +145,13 @@ class _Tap:
 
 
 @contextmanager
-def tapped() -> Iterator[list[Launched]]:
-    """Within it, launches of the attention kernels are kept."""
-    launches: list[Launched] = []
+def tapped(kernel: str) -> Iterator[list[Launched]]:
+    """Within it, launches are kept: those of the pass that an entry of the table belongs to."""
+    module, launches = forward if kernel == "forward" else backward, list[Launched]()
     with ExitStack() as stack:
-        for kernel in TUNED:
-            module, name = (forward if kernel == "forward" else backward), f"{kernel}_kernel"
-            tap = _Tap(getattr(module, name), launches)
-            stack.enter_context(mock.patch.object(module, name, tap))
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                stack.enter_context(mock.patch.object(module, name, _Tap(value, launches)))
         yield launches
 
 
@@ -165,7 +165,7 @@ class Bench:
         self._launches: dict[tuple[Key, Tile], list[list[Launched]]] = {}
 
     def launches(self, key: Key, tile: Tile) -> list[list[Launched]]:
-        """The kernel's launches with a tile, stage by stage, their results checked.
+        """The launches of the kernel's pass with a tile, stage by stage, their results checked.
 
         Raises:
             Exception: Whatever the compiler, the device or the check says against the tile.
@@ -178,13 +178,12 @@ class Bench:
         return self._launches[key, tile]
 
     def _launch(self, key: Key, tile: Tile, call: Call, checker: Checker) -> list[Launched]:
-        with mock.patch.dict(TABLE, {key: tile}), tapped() as launches:
+        with mock.patch.dict(TABLE, {key: tile}), tapped(key[0]) as launches:
             checker.error(call, CONTENDERS[OURS](call), TRAINING)
-        mine = [launch for launch in launches if launch.kernel.__name__ == f"{key[0]}_kernel"]
         expected = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if not mine or any(expected.items() - launch.arguments.items() for launch in mine):
+        if not any(expected.items() <= launch.arguments.items() for launch in launches):
             raise RuntimeError(f"the launcher does not read {key} from the table")
-        return mine
+        return launches
 
     def compare(self, key: Key, candidate: Tile, incumbent: Tile) -> list[float]:
         """Time with a candidate over time with the incumbent, stage by stage.
