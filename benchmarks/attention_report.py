@@ -115,9 +115,10 @@ def markdown(state: Mapping[str, Any]) -> str:
     if "driver" not in state["environment"]:
         parts.append("**Made on a CPU: the times say nothing about the kernels.**")
     parts.append(
-        "Medians of interleaved rounds with cold caches; *host ms* until the call returned: where "
-        "it is the longer, launching took longer than computing. *times ours* is within the same "
-        "rounds, *peak MiB* beyond the inputs, *error* relative to the oracle in a wider type."
+        "Medians of interleaved rounds with cold caches: *ms* on the device, *host ms* until the "
+        "call returned (where it is the longer, a loop of such calls runs at the host's pace). "
+        "*times ours* is within the same rounds, *peak MiB* beyond the inputs, *error* relative to "
+        "the oracle in a wider type."
     )
     shown = [cells(row) for row in rows if row.status != "not reached"]
     parts.append(markdown_table(COLUMNS, shown))

@@ -19,6 +19,7 @@ import torch
 __all__ = ["Timing", "environment", "environment_line", "interleave", "peak_memory", "write_json"]
 
 FLUSH_BYTES = 256 * 2**20  # several times the last cache of any GPU
+FLUSHES = 16  # a millisecond or more, in which the host gets ahead of the GPU
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Timing:
 
     Args:
         milliseconds: From start to end on the device (wall clock on a CPU).
-        host_milliseconds: Until the call returned. Where it is the longer of the two, launching
-            the work took longer than doing it.
+        host_milliseconds: Until the call returned. Where it is the longer of the two, a loop of
+            such calls runs at the host's pace.
         runs: Rounds that were timed.
     """
 
@@ -132,8 +133,8 @@ def interleave(
 def _cuda_run(function: Callable[[], Any], flush: torch.Tensor) -> tuple[float, float]:
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    # Also keeps the GPU busy while the host prepares the first launch.
-    flush.zero_()
+    for _ in range(FLUSHES):  # once empties the caches; the others hide the host's launches
+        flush.zero_()
     before.record()
     host = time.perf_counter()
     function()
