@@ -180,7 +180,7 @@ class _Inputs:
             yield _Step(band, images, query, key_value, self._band_bias(band))
 
     def _band_bias(self, band: Band) -> Tensor:
-        kind = band.num_windows, id(band.excluded)  # inner bands share one
+        kind = band.num_windows, id(band.mask)  # inner bands share one
         if kind not in self._dense:
             self._dense[kind] = band.dense_bias(self._bias)
         return self._dense[kind]

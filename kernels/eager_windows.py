@@ -106,7 +106,7 @@ class Band:
 
     rows: slice
     cols: slice
-    excluded: Tensor | None  # bool, broadcasts to [windows, 1, queries, keys]
+    mask: Tensor | None  # float32 0 or -inf, broadcasts to [windows, 1, queries, keys]
     no_key: Tensor | None  # bool [windows, 1, queries, 1]
 
     @property
@@ -131,10 +131,9 @@ class Band:
 
     def dense_bias(self, bias: Tensor) -> Tensor:
         """`[windows · heads, queries, keys]`, -inf where there is no key; shared by the images."""
-        full = bias.expand(self.num_windows, -1, -1, -1)
-        if self.excluded is not None:
-            full = full.masked_fill(self.excluded, -torch.inf)
-        return full.flatten(0, 1)
+        if self.mask is None:
+            return bias.repeat(self.num_windows, 1, 1)
+        return (bias + self.mask.to(bias.dtype)).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -220,17 +219,18 @@ def make_plan(
 
 
 def _band(
-    rows: slice, cols: slice, mask: Tensor, device: torch.device, earlier: list[Band]
+    rows: slice, cols: slice, excluded: Tensor, device: torch.device, earlier: list[Band]
 ) -> Band:
     """A band; it shares its masks with an earlier one that has the same, as inner bands do."""
-    if not mask.any():
+    if not excluded.any():
         return Band(rows, cols, None, None)
-    mask = mask.to(device)
+    mask = torch.zeros(excluded.shape, device=device)
+    mask.masked_fill_(excluded.to(device), -torch.inf)
     for band in earlier:
-        if band.excluded is not None and torch.equal(band.excluded, mask):
-            return Band(rows, cols, band.excluded, band.no_key)
-    no_key = mask.all(dim=-1, keepdim=True)
-    return Band(rows, cols, mask, no_key if no_key.any() else None)
+        if band.mask is not None and torch.equal(band.mask, mask):
+            return Band(rows, cols, band.mask, band.no_key)
+    no_key = excluded.all(dim=-1, keepdim=True)
+    return Band(rows, cols, mask, no_key.to(device) if no_key.any() else None)
 
 
 def _split(count: int, largest: int) -> list[slice]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath, LayerScale, Mlp
+import torch
+from timm.layers import DropPath, LayerScale
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from models.focal_attention import FocalAttention
-from models.layers import ConvEmbed
+from models.layers import ConvEmbed, Mlp, part_size, runs_eagerly_on_cpu
 
 __all__ = ["FocalBlock", "FocalStage"]
 
@@ -55,12 +56,34 @@ class FocalBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, height, width, dim]` to the same shape."""
+        """`[batch, height, width, dim]` to the same shape.
+
+        In evaluation without a gradient, a CPU takes a few images at a time through the block.
+        """
+        if not self.training and not torch.is_grad_enabled() and runs_eagerly_on_cpu(x):
+            return self._by_images(x)
+        x = x + self._attend(x)
+        return x + self._transform(x)
+
+    def _by_images(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        tokens = height * width
+        images = part_size(batch * tokens, 3 * dim, unit=tokens) // tokens
+        out = torch.empty_like(x)
+        for some, result in zip(x.split(images), out.split(images), strict=True):
+            torch.add(some, self._attend(some), out=result)
+            result += self._transform(result)
+        return out
+
+    def _attend(self, x: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        x = x + self.drop_path1(self.ls1(self.norm1(self.attn(x))))
-        return x + self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+            return self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return self.drop_path1(self.ls1(self.norm1(self.attn(x))))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        if self.pre_norm:
+            return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
 
 
 class FocalStage(nn.Module):

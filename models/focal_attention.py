@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from kernels import FocalGeometry, PooledMap, Pooling, focal_attention
 from models.bias import FocalBias
+from models.layers import Linear
 
 __all__ = ["POOLS", "FocalAttention"]
 
@@ -97,7 +98,7 @@ class FocalAttention(nn.Module):
         self.pool = pool
         self.attn_drop = attn_drop
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.bias = FocalBias(geometry, num_heads)
         self.subwindow_sizes = tuple(level.subwindow_size for level in geometry.levels[1:])
         self.pools = nn.ModuleList()
@@ -105,7 +106,7 @@ class FocalAttention(nn.Module):
             self.pools.extend(FcPool(side) for side in self.subwindow_sizes)
         elif pool == "conv":
             self.pools.extend(_depthwise_mean(dim, side) for side in self.subwindow_sizes)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_inner_bands_share_their_masks():
     plan = make_plan(geometry, (20, 6), (20, 6), 1, torch.device("cpu"), budget=1)
     assert len(plan.bands) == 30
     # At both edges and between, along both axes; the middle one excludes nothing.
-    kinds = {id(band.excluded) for band in plan.bands}
+    kinds = {id(band.mask) for band in plan.bands}
     assert len(kinds) == 9
 
 
