@@ -215,7 +215,11 @@ def main() -> None:
     else:
         found = environment(torch.device("cuda"))
         tests = arguments.what == "tests"
-        parts = [test_part(TEST_WORKERS)] if tests else benchmark_parts("cuda")
+        parts = (
+            [test_part(min(TEST_WORKERS, os.cpu_count() or 1))]
+            if tests
+            else benchmark_parts("cuda")
+        )
         default = TEST_MINUTES if tests else minutes_left(work_folder("cuda"))
         minutes = arguments.minutes or default
         run(parts, minutes, "cuda", {"TRITON_INTERPRET": "0"})

@@ -134,8 +134,11 @@ def test_useful_work_of_one_window_by_hand():
 def test_gpu_plans_hold_every_stage_size_and_contender():
     plans = gpu_plans([torch.bfloat16], attention.PIXELS, 128)
     found = {(plan.case.name, name) for plan in plans for name in plan.contenders}
-    for stage, pixels, name in itertools.product(range(1, 5), attention.PIXELS, CONTENDERS):
+    names = (OURS, "unfold + SDPA", "FlexAttention")
+    for stage, pixels, name in itertools.product(range(1, 5), attention.PIXELS, names):
         assert (f"stage {stage}, {pixels} px", name) in found
+    assert {name for case_name, name in found if case_name == "stage 1, 224 px"} == set(CONTENDERS)
+    assert all(OURS in plan.contenders for plan in plans)
     last = next(plan.case for plan in plans if plan.case.name == "stage 4, 1792 px")
     assert (last.height, last.width, last.batch) == (56, 56, 2)
 
