@@ -260,34 +260,54 @@ _oracle = partial(_run, partial(focal_attention, backend="reference"), plain=Tru
 
 
 class _RoundingNoise(TorchDispatchMode):
-    """float64 arithmetic, each result off by what rounding to ``dtype`` may do, at random."""
+    """float64 arithmetic, each result off by what rounding to ``dtype`` may do, at random.
 
-    ROUNDED = (
-        torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.div,
-        torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.sum, torch.ops.aten._softmax,
-        torch.ops.aten._softmax_backward_data,
-    )  # fmt: skip
+    Sums are kept in float32 at least, and each product of a sum adds its own rounding: what is left
+    after products cancel is as uncertain as they are. So are gradients of scores, the difference of
+    two sums over products of the same size (`numel` tells which ones they came from).
+    """
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
         info = torch.finfo(dtype)
-        self.relative, self.absolute = info.eps, info.smallest_normal * info.eps
+        self.eps, self.tiny = info.eps, info.smallest_normal * info.eps
+        self.sum_eps = min(info.eps, torch.finfo(torch.float32).eps)
         self.seed = seed
+        self.product_sizes: dict[int, float] = {}
 
     def __enter__(self) -> _RoundingNoise:
         self.generators: dict[torch.device, torch.Generator] = {}
         return super().__enter__()
 
+    def _noise(self, like: Tensor) -> Tensor:
+        if like.device not in self.generators:
+            generator = torch.Generator(like.device).manual_seed(self.seed)
+            self.generators[like.device] = generator
+        generator = self.generators[like.device]
+        options = {"device": like.device, "dtype": like.dtype}
+        return torch.rand(like.shape, generator=generator, **options) - 0.5  # type: ignore[call-overload]
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in self.ROUNDED and result.dtype == torch.float64:
-            if result.device not in self.generators:
-                generator = torch.Generator(result.device).manual_seed(self.seed)
-                self.generators[result.device] = generator
-            options = {"generator": self.generators[result.device], "device": result.device}
-            relative, absolute = torch.rand(2, *result.shape, **options, dtype=torch.float64) - 0.5
-            return result * (1 + self.relative * relative) + self.absolute * absolute
-        return result
+        result, aten = func(*args, **(kwargs or {})), torch.ops.aten
+        packet = func.overloadpacket
+        if not isinstance(result, Tensor) or result.dtype != torch.float64:
+            return result
+        if packet in (aten.mm, aten.bmm):
+            size = args[0].abs() @ args[1].abs()
+            self.product_sizes[size.numel()] = size.max().item() if size.numel() else 0.0
+            result = result + self.sum_eps * size * self._noise(result)
+        elif packet is aten.sum:
+            size = func(args[0].abs(), *args[1:], **(kwargs or {}))
+            result = result + self.sum_eps * size * self._noise(result)
+        elif packet is aten._softmax_backward_data:
+            grad, weight, dim = args[:3]
+            size = weight * (grad.abs() + (grad * weight).abs().sum(dim, keepdim=True))
+            result = result + self.eps * size * self._noise(result)
+            product = 2 * self.product_sizes.get(grad.numel(), 0.0)
+            result = result + self.sum_eps * product * weight * self._noise(result)
+        elif packet not in (aten.add, aten.sub, aten.mul, aten.div, aten._softmax):
+            return result
+        return result * (1 + self.eps * self._noise(result)) + self.tiny * self._noise(result)
 
 
 def _errors(results: Sequence[Tensors], expected: Tensors) -> dict[str, float]:
