@@ -22,10 +22,10 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_gather import Gathered, Scratch
-from kernels.eager_windows import Band, Patches, Plan, make_plan
+from kernels.eager_pool import add_pool_gradient, pool
+from kernels.eager_windows import Band, Plan, make_plan
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
-from kernels.reference import pad_to_windows
 
 __all__ = ["focal_attention"]
 
@@ -50,21 +50,15 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
-    with torch.autocast(query.device.type, enabled=False):  # pooled in the dtype of the maps
-        coarse_keys, coarse_values = (
-            [
-                _coarse_map(x, entry, geometry, level, which)
-                for level, entry in enumerate(pooling, start=1)
-            ]
-            for x, which in ((key, "key"), (value, "value"))
-        )
+    size = geometry.padded_size(*query.shape[1:3])
     return _attention(
         query,
         key,
         value,
         bias,
-        coarse_keys,
-        coarse_values,
+        [_given(entry, "key", query, size) for entry in pooling],
+        [_given(entry, "value", query, size) for entry in pooling],
+        [_weight(entry, query) for entry in pooling],
         encode_geometry(geometry),
         scale,
         list(map_size),
@@ -73,30 +67,20 @@ def focal_attention(
     )
 
 
-def _coarse_map(
-    x: Tensor, pooling: Pooling | PooledMap, geometry: FocalGeometry, level: int, which: str
-) -> Tensor:
-    """`[batch, rows, cols, heads, dim]`: the pooled map of one level, of keys or of values.
+def _given(entry: Pooling | PooledMap, which: str, query: Tensor, size: tuple[int, int]) -> Tensor:
+    """`[batch, rows, cols, heads, dim]`: coarse keys or values but for what is pooled from maps."""
+    if isinstance(entry, PooledMap):
+        return getattr(entry, which)
+    batch, _, _, heads, dim = query.shape
+    side = entry.weight.shape[0]
+    offset = getattr(entry, f"{which}_offset")
+    offset = query.new_zeros(()) if offset is None else offset.to(query.dtype)
+    return offset.expand(batch, size[0] // side, size[1] // side, heads, dim)
 
-    Each row of sub-windows is one product of their tokens, which are read in place, with a sparse
-    matrix of weights. Most of that matrix is zeros, and yet it takes a fifth of the time of a sum
-    over positions.
-    """
-    if isinstance(pooling, PooledMap):
-        return getattr(pooling, which)
-    rows, cols = geometry.padded_size(*x.shape[1:3])
-    if (rows, cols) != x.shape[1:3]:
-        x = pad_to_windows(x, geometry)
-    if geometry.shift:
-        x = x.roll((-geometry.shift, -geometry.shift), dims=(1, 2))
-    side = pooling.weight.shape[0]
-    own_cell = torch.eye(cols // side, dtype=x.dtype, device=x.device)[:, None, :, None]
-    matrix = (own_cell * pooling.weight.to(x.dtype)[:, None, :]).reshape(cols // side, side * cols)
-    tokens = x.flatten(3).reshape(-1, side * cols, x.shape[3] * x.shape[4])
-    pooled = matrix.expand(len(tokens), -1, -1) @ tokens
-    pooled = pooled.view(x.shape[0], rows // side, cols // side, *x.shape[3:])
-    offset = getattr(pooling, f"{which}_offset")
-    return pooled if offset is None else pooled + offset.to(x.dtype)
+
+def _weight(entry: Pooling | PooledMap, query: Tensor) -> Tensor:
+    """Weights of pooling; none for a level that is given as a whole."""
+    return query.new_empty(0, 0) if isinstance(entry, PooledMap) else entry.weight
 
 
 @lru_cache(maxsize=256)
@@ -158,7 +142,7 @@ class _Step:
         return x
 
 
-class _Inputs:
+class _Reader:
     """What steps read."""
 
     def __init__(
@@ -226,16 +210,19 @@ def _attention(
     bias: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
+    pool_weights: Sequence[Tensor],
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    plan = _plan(decode_geometry(geometry_code), query, map_size)
-    inputs = _Inputs(plan, query, _sides(key, value, coarse_keys, coarse_values), bias)
+    geometry = decode_geometry(geometry_code)
+    plan = _plan(geometry, query, map_size)
+    key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
+    inputs = _Reader(plan, query, key_values, bias)
     dropout = _dropout(dropout_p, dropout_seed, plan)
-    out = _sum_map(query[None], plan.queries, query.dtype)
+    out = _zeros((1, *query.shape), query, query.dtype)
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
@@ -263,11 +250,22 @@ def _dropout(probability: float, seed: Tensor | None, plan: Plan) -> _Dropout | 
 
 
 def _sides(
-    key: Tensor, value: Tensor, coarse_keys: Sequence[Tensor], coarse_values: Sequence[Tensor]
+    key: Tensor,
+    value: Tensor,
+    coarse_keys: Sequence[Tensor],
+    coarse_values: Sequence[Tensor],
+    pool_weights: Sequence[Tensor],
+    geometry: FocalGeometry,
 ) -> list[Tensor]:
     """Keys and values of each level as one tensor `[2, batch, height, width, heads, dim]`."""
-    pairs = zip([key, *coarse_keys], [value, *coarse_values], strict=True)
-    return [_side_by_side(key, value) for key, value in pairs]
+    levels = [_side_by_side(key, value)]
+    for *given, weight in zip(coarse_keys, coarse_values, pool_weights, strict=True):
+        coarse = torch.stack(given)
+        if len(weight):
+            for side, x in zip(coarse, (key, value), strict=True):
+                side += pool(x, weight, geometry)
+        levels.append(coarse)
+    return levels
 
 
 def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
@@ -280,7 +278,7 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _(query, key, value, bias, coarse_keys, coarse_values, *settings):
+def _(query, key, value, bias, coarse_keys, coarse_values, weights, *settings):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
@@ -294,26 +292,28 @@ def _attention_backward(
     bias: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
+    pool_weights: Sequence[Tensor],
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    plan = _plan(decode_geometry(geometry_code), query, map_size)
-    key_values = _sides(key, value, coarse_keys, coarse_values)
-    inputs = _Inputs(plan, query, key_values, bias)
+    geometry = decode_geometry(geometry_code)
+    plan = _plan(geometry, query, map_size)
+    key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
+    inputs = _Reader(plan, query, key_values, bias)
     dropout = _dropout(dropout_p, dropout_seed, plan)
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 
     low_precision = query.dtype in (torch.float16, torch.bfloat16)
     sum_dtype = torch.float32 if low_precision else query.dtype
-    grad_query = _sum_map(query[None], plan.queries, query.dtype)
-    grad_key_values = [
-        _sum_map(x, patches, sum_dtype) for x, patches in zip(key_values, plan.levels, strict=True)
-    ]
+    # Laid out as the projection to query, key and value is, whose gradient it then is as it stands.
+    grad_maps = _zeros((*query.shape[:3], 3, *query.shape[3:]), query, sum_dtype)
+    sides = grad_maps.permute(3, 0, 1, 2, 4, 5)
+    grad_key_values = [sides[1:], *(_zeros(x.shape, x, sum_dtype) for x in key_values[1:])]
     grad_bias = torch.zeros_like(bias, dtype=sum_dtype)
-    query_sums = Gathered([grad_query], [plan.queries], plan.loaded)
+    query_sums = Gathered([sides[:1]], [plan.queries], plan.loaded)
     key_value_sums = Gathered(grad_key_values, plan.levels, plan.loaded)
 
     scratch = Scratch(query)
@@ -345,57 +345,63 @@ def _attention_backward(
             grad_bias += d_score.unflatten(0, (-1, step.heads)).sum(dim=0, dtype=sum_dtype)
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)
-    grads = [grad.to(query.dtype) for grad in grad_key_values]
-    return [grad_query[0], *grads, grad_bias.to(bias.dtype)]
+    grad_weights = []
+    for grad_coarse, weight in zip(grad_key_values[1:], pool_weights, strict=True):
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
+        if len(weight):
+            for grad, grad_x, x in zip(grad_coarse, sides[1:], (key, value), strict=True):
+                grad_weight += add_pool_gradient(grad_x, grad, x, weight, geometry)
+        grad_weights.append(grad_weight.to(weight.dtype))
+    coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
+    return [grad_maps.to(query.dtype), *coarse, *grad_weights, grad_bias.to(bias.dtype)]
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:
     return torch.baddbmm(out, left, right, beta=0.0, alpha=scale, out=out)
 
 
-def _sum_map(x: Tensor, patches: Patches, dtype: torch.dtype) -> Tensor:
-    """A contiguous map that takes sums over windows; each place is stored where none overlap."""
-    stored = patches.is_view and not patches.overlap
-    new = torch.empty_like if stored else torch.zeros_like
-    return new(x, dtype=dtype, memory_format=torch.contiguous_format)
+def _zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, *settings):
-    grads = [key.new_empty((2, *key.shape)) for key in (key, *coarse_keys)]
-    return [query.new_empty(query.shape), *grads, torch.empty_like(bias)]
+def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, *settings):
+    grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]))
+    coarse = [key.new_empty((2, *key.shape)) for key in coarse_keys]
+    rest = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*weights, bias)]
+    return [grad_maps, *coarse, *rest]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, bias, coarse_keys, coarse_values, *settings, seed = inputs
-    ctx.num_coarse = len(coarse_keys)
+    query, key, value, bias, coarse_keys, coarse_values, weights, *settings, seed = inputs
+    ctx.num_coarse = len(weights)
     ctx.settings = settings
-    ctx.save_for_backward(query, key, value, bias, *coarse_keys, *coarse_values, seed)
+    lists = (*coarse_keys, *coarse_values, *weights)
+    ctx.save_for_backward(query, key, value, bias, *lists, seed)
 
 
 def _backward(ctx, grad_out):
     query, key, value, bias, *rest, seed = ctx.saved_tensors
     count = ctx.num_coarse
-    grads = _attention_backward(
-        grad_out, query, key, value, bias, rest[:count], rest[count:], *ctx.settings, seed
+    lists = (rest[:count], rest[count : 2 * count], rest[2 * count :])
+    grad_maps, *grads, grad_bias = _attention_backward(
+        grad_out, query, key, value, bias, *lists, *ctx.settings, seed
     )
-    grad_query, *grad_key_values, grad_bias = grads
-    (grad_key, *grad_coarse_keys), (grad_value, *grad_coarse_values) = zip(
-        *(grad.unbind(0) for grad in grad_key_values), strict=True
-    )
+    coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
     none = (None,) * (len(ctx.settings) + 1)
-    coarse = (grad_coarse_keys, grad_coarse_values)
-    return (grad_query, grad_key, grad_value, grad_bias, *coarse, *none)
+    return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.focal.eager_attention)
-def _(query, key, value, bias, coarse_keys, coarse_values, code, *settings, out_shape):
+def _(query, key, value, bias, coarse_keys, coarse_values, weights, code, *settings, out_shape):
     return forward_flops(query, code)
 
 
 @register_flop_formula(torch.ops.focal.eager_attention_backward)
-def _(d_out, query, key, value, bias, coarse_keys, coarse_values, code, *settings, out_shape):
+def _(
+    d_out, query, key, value, bias, coarse_keys, coarse_values, weights, code, *settings, out_shape
+):
     return backward_flops(query, code)

@@ -9,16 +9,17 @@ here depends on the size of the map.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels import FocalGeometry, PooledMap, Pooling, focal_attention
 from models.bias import FocalBias
-from models.layers import Linear
+from models.layers import Linear, runs_eagerly_on_cpu
 
 __all__ = ["POOLS", "FocalAttention"]
 
@@ -124,7 +125,7 @@ class FocalAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, cols - width, 0, rows - height))
         # [batch, rows, cols, 3, heads, head_dim]; query, key and value are views of it.
         qkv = self.qkv(x).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(3)
+        query, key, value = _Unbind.apply(qkv) if runs_eagerly_on_cpu(x) else qkv.unbind(3)
         out = focal_attention(
             query,
             key,
@@ -167,6 +168,32 @@ class FocalAttention(nn.Module):
         projected = F.linear(planes.permute(0, 2, 3, 1), weight, bias)
         key, value = projected.unflatten(3, (2, self.num_heads, self.head_dim)).unbind(3)
         return PooledMap(key, value)
+
+
+class _Unbind(torch.autograd.Function):
+    """``qkv.unbind(3)``; gradients that already lie side by side are not copied together again."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.unbind(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        query = grads[0]
+        batch, rows, cols, heads, dim = query.shape
+        shape = (batch, rows, cols, 3, heads, dim)
+        whole = query.new_empty(shape, device="meta")
+        places = [
+            (grad.untyped_storage().data_ptr(), grad.storage_offset() - query.storage_offset())
+            for grad in grads
+        ]
+        storage = places[0][0]
+        if places == [(storage, part.storage_offset()) for part in whole.unbind(3)] and all(
+            grad.stride() == whole[:, :, :, 0].stride() for grad in grads
+        ):
+            return query.as_strided(shape, whole.stride())
+        return torch.stack(grads, dim=3)
 
 
 def _depthwise_mean(dim: int, subwindow_size: int) -> nn.Conv2d:

@@ -49,6 +49,14 @@ def coarse_cells(case: Case) -> list[tuple[int, int]]:
     return [case.geometry.map_cells(level, case.height, case.width) for level in levels]
 
 
+def pool_weights(case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor]:
+    """Weights of the eager operator; none for the last level, whose maps are given as a whole."""
+    sides = [subwindow for subwindow, _ in case.levels[1:-1]]
+    return [random(side, side, dtype=dtype, grad=grad) for side in sides] + [
+        torch.empty(0, 0, dtype=dtype)
+    ]
+
+
 def bias(case: Case, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
     geometry = case.geometry
     return random(case.heads, geometry.num_queries, geometry.num_keys, dtype=dtype, grad=grad)
@@ -71,8 +79,11 @@ def test_eager_attention_is_registered_soundly(case, dtype, dropout_p):
         for cells in coarse_cells(case)
     ]
     keys, values = (list(x) for x in zip(*coarse, strict=True))
-    arguments = (*maps(case, dtype), bias(case, dtype), keys, values, *settings(case, dropout_p))
-    torch.library.opcheck(torch.ops.focal.eager_attention.default, arguments)
+    weights = pool_weights(case, dtype)
+    arguments = (*maps(case, dtype), bias(case, dtype), keys, values, weights)
+    torch.library.opcheck(
+        torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p))
+    )
 
 
 @DTYPES
@@ -87,7 +98,8 @@ def test_eager_attention_backward_is_registered_soundly(dtype):
         for _ in range(2)
     )
     grad_out = random(*case.shape, dtype=dtype, grad=False)
-    arguments = (grad_out, query, key, value, bias(case, dtype, False), keys, values)
+    weights = pool_weights(case, dtype, False)
+    arguments = (grad_out, query, key, value, bias(case, dtype, False), keys, values, weights)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
