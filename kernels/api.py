@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels import eager, reference
 from kernels.coarse import PooledMap, Pooling
@@ -69,6 +70,7 @@ def focal_attention(
     Raises:
         TypeError: An argument of the wrong type, or dtypes that do not go together.
         ValueError: A wrong rank, shape, device or size, or a backend that cannot run.
+        NotImplementedError: Forward-mode derivatives through another backend than the reference.
     """
     _check_maps(query, key, value)
     if not isinstance(geometry, FocalGeometry):
@@ -85,6 +87,8 @@ def focal_attention(
     elif dropout_p > 0.0:
         dropout_seed = draw_seed(query.device)
     name = resolve_backend(backend, query.device, query.dtype)
+    if name != "reference":
+        _refuse_forward_mode(name, query, key, value, bias, *_pooling_tensors(pooling))
     run = {"reference": reference, "eager": eager}.get(name) or ops
     return run.focal_attention(
         query,
@@ -241,6 +245,21 @@ def _check_map_size(map_size: tuple[int, int] | None, height: int, width: int) -
             f"map_size must lie within (1, 1) and the map's ({height}, {width}), got {map_size}"
         )
     return rows, cols
+
+
+def _pooling_tensors(pooling: Sequence[Pooling | PooledMap]) -> list[Tensor]:
+    return [x for entry in pooling for x in vars(entry).values() if x is not None]
+
+
+def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
+    """A registered operator drops tangents without a word: derivatives would come out as zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"backend={backend!r} has no forward-mode derivative (jvp, jacfwd, dual tensors): "
+            "use backend='reference', or reverse mode"
+        )
 
 
 def _check_seed(seed: Tensor, query: Tensor) -> None:
