@@ -78,16 +78,25 @@ def test_part(workers: int) -> Part:
 
 def benchmark_parts(device: str) -> list[Part]:
     """The measurements, the most important first."""
-    output = str(work_folder(device))
-    attention = ("benchmarks.attention", "--device", device, "--output", output)
-    throughput = ("benchmarks.throughput", "--device", device)
-    dtype = "bfloat16" if device == "cuda" else "float32"
-    trial = ("--dry-run", "--kernels", "forward", "--dtypes", dtype)
-    tune = ("benchmarks.tune", "--device", device, *trial, "--output", output)
+    folder = work_folder(device)
+    here = ("--device", device, "--output", str(folder))
+    saved = ("--device", device, "--json", str(folder / "throughput.json"))
+    if device == "cuda":
+        models: tuple[str, ...] = ("--batch", "128", "--dtype", "autocast", "--seconds", "10")
+        trial = ("--kernels", "forward", "--dtypes", "bfloat16")
+    else:
+        one = ("--models", "focal_tiny", "--baseline", "focal_tiny", "--runs", "forward")
+        models = (*one, "--batch", "1", "--seconds", "0.1", "--min-rounds", "1", "--no-memory")
+        trial = ("--kernels", "forward", "--dtypes", "float32")
     return [
-        Part("attention", attention, share=0.6, takes_minutes=True),
-        Part("throughput", throughput, (*KERNEL_PACKAGES, "timm"), share=0.6),
-        Part("tune", tune, takes_minutes=True),
+        Part("attention", ("benchmarks.attention", *here), share=0.5, takes_minutes=True),
+        Part(
+            "throughput",
+            ("benchmarks.throughput", *saved, *models),
+            (*KERNEL_PACKAGES, "timm"),
+            share=0.8,
+        ),
+        Part("tune", ("benchmarks.tune", "--dry-run", *here, *trial), takes_minutes=True),
     ]
 
 
@@ -110,7 +119,7 @@ def run_part(part: Part, seconds: float, folder: Path, variables: Mapping[str, s
         log.write_text(f'missing packages: {", ".join(missing)}; pip install -e ".[dev]"\n')
     else:
         with log.open("w") as file:
-            status = _run(command, seconds, file, {**os.environ, **variables})
+            status = _run(command, seconds, file, {**os.environ, "COLUMNS": "160", **variables})
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     elapsed, text = time.monotonic() - start, "\n".join(lines)
     shown = shlex.join(["python", *command[1:]])
@@ -177,6 +186,7 @@ def write_report(path: Path, folder: Path, found: Mapping[str, str]) -> list[Res
         "environment": found,
         "parts": [asdict(result) for result in results],
         "attention": attention,
+        "throughput": _load(folder / "throughput.json"),
         "tune": _load(folder / "tune.json"),
     }
     write_json(path.with_suffix(".json"), content)
