@@ -253,19 +253,20 @@ class Totals:
         return self.multiply_adds / work.multiply_adds if work.multiply_adds else Fraction(1)
 
     def problem(self, work: Work, tensor_cores: bool, loops: bool) -> str | None:
-        """What does not add up, if anything; only without loops may products be missing."""
+        """What does not add up, if anything; without loops there may be more rows."""
         products = self.products(work) if tensor_cores else Fraction(1)
         copies = max(products, Fraction(1))
         if self.tcgen05_steps:
             if not 1 <= products <= MOST_TCGEN05:
                 return f"products: {float(products):.4f} of what the tiles take"
-        elif products not in COPIES and (loops or not work.kept <= products < 1):
+        elif products not in COPIES and not work.kept <= products < 1:
             return f"products: {float(products):.4f} of what the tiles take"
         most = MOST_EXPONENTIALS * copies * work.exponentials
         # The compiler drops those of columns that it knows to hold no key.
         if not work.pairs <= self.exponentials <= most:
             return f"exponentials: {float(self.exponentials)}, needed {float(work.exponentials)}"
-        if not work.row_bytes <= self.row_bytes <= MOST_ROW_BYTES * work.row_bytes:
+        most = MOST_ROW_BYTES * work.row_bytes if loops else self.row_bytes
+        if not work.row_bytes <= self.row_bytes <= most:
             return f"bytes of rows: {float(self.row_bytes)}, needed {float(work.row_bytes)}"
         return None
 
@@ -347,6 +348,11 @@ def solve_trips(
                 problems.append(f"{[[float(n) for n in nest] for nest in trips]}: {problem}")
     if solutions:
         # A program that repeats nothing is never mistaken for one that repeats everything.
-        return min(solutions, key=lambda solution: (solution[1].row_bytes, sum(solution[0])))
+        def order(solution: tuple[list[Fraction], Totals]) -> tuple[Fraction, ...]:
+            executions, totals = solution
+            dropped = max(Fraction(0), 1 - totals.products(work)) if tensor_cores else Fraction(0)
+            return dropped, totals.row_bytes, sum(executions, Fraction(0))
+
+        return min(solutions, key=order)
     found = f"{len(nests)} nests of loops with work, in the source {len(sources)}"
     raise ValueError(f"trip counts do not add up ({found})\n" + "\n".join(problems))
