@@ -1,7 +1,9 @@
 """Extreme inputs: huge scores, no keys, constants, empty and tiny maps, offsets beyond 32 bits."""
 
+import mmap
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import (
@@ -271,3 +273,61 @@ def test_a_map_of_one_pixel_has_the_oracles_gradients(boundary, backend, dtype):
         expected = attend(case, exact, "reference")
         size = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(got.double(), expected, atol=size, rtol=size)
+
+
+# -- offsets beyond 32 bits -----------------------------------------------------------------------
+#
+# A map of 4,096 × 4,096 tokens with 96 channels holds 1.6e9 numbers, two of them 3.2e9: more than
+# an int32 counts. In the kernels rows, columns, windows and cells of one image are int32 (2²⁴ of
+# them at that size), and int64 enters before a stride or a number of channels multiplies
+# (`token_rows`, `cell_rows`, `row_id`, `token`, `program`). Two tests with little memory: inputs
+# whose strides are that large, in address space that is never touched in between; and the programs
+# of the last windows of a real map of that size.
+
+
+def untouched(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take no memory until they are written, however many."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    try:
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
+    except (OSError, ValueError, OverflowError) as error:
+        pytest.skip(f"no address space for {count * dtype.itemsize / 2**30:.0f} GiB: {error}")
+    return torch.from_numpy(np.frombuffer(memory, dtype=np.uint8)).view(dtype)
+
+
+@pytest.fixture
+def no_copies_back(monkeypatch):
+    """The interpreter copies storages onto themselves after a launch: all of that memory."""
+    from triton.runtime.interpreter import GridExecutor
+
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+
+
+NO_RESERVE = 0x4000  # Linux; the module names it from Python 3.12 on
+FAR = 2**31 + 12_345
+FAR_CASE = Case("far", 2, ((1, 4), (2, 1)), 3, 3, heads=1, batch=1, shift=1)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("axis", ["batch", "height", "width", "heads"])
+def test_strides_beyond_32_bits_give_the_same(axis, no_copies_back):
+    # Three entries, so that the stride itself still fits 32 bits and the last offset does not.
+    case = replace(FAR_CASE, **({axis: 3} if axis in ("batch", "heads") else {}))
+    tensors, gradient = make_tensors(case), random_gradient(case)
+    expected = run(case, tensors, "reference", gradient)
+    dim = ["batch", "height", "width", "heads"].index(axis)
+    stride = -(-FAR // (case.shape[dim] - 1))
+    assert stride < 2**31
+    strides = list(torch.empty(case.shape).stride())
+    strides[dim] = stride
+    far = {name: x for name, x in tensors.items() if name not in ("query", "key", "value")}
+    storage = untouched(
+        stride * case.shape[dim] + 8 * torch.Size(case.shape).numel(), torch.float64
+    )
+    size = torch.Size(case.shape).numel()
+    views = [storage.as_strided(case.shape, strides, index * size) for index in range(4)]
+    for name, view in zip(("query", "key", "value"), views[1:], strict=True):
+        far[name] = view.copy_(tensors[name].detach()).requires_grad_()
+    far_gradient = views[0].copy_(gradient)
+    far = {name: far[name] for name in tensors}
+    assert_same(run(case, far, "triton", far_gradient), expected)

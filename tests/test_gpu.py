@@ -115,6 +115,110 @@ def test_gradients_are_captured_in_a_graph():
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_no_launch_waits_for_the_gpu_or_copies_to_the_host():
+    case = replace(RELEASED[2], dropout_p=0.1)
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    run(case, tensors, "triton", gradient)  # compiles
+    seed = torch.tensor([1234], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = run(case, tensors, "triton", gradient, dropout_seed=seed)
+        drawn = run(case, tensors, "triton", gradient, dropout_seed=None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = run(case, tensors, "triton", gradient, dropout_seed=seed)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert not torch.equal(drawn["out"], got["out"])
+
+
+def test_launches_take_memory_from_the_allocator_of_pytorch_alone():
+    case = RELEASED[1]
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    run(case, tensors, "triton", gradient)  # compiles, and warms the allocator
+    torch.cuda.synchronize()
+
+    def outside() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free - torch.cuda.memory_reserved()
+
+    before = outside()
+    for _ in range(5):
+        run(case, tensors, "triton", gradient)
+    torch.cuda.synchronize()
+    assert outside() <= before
+
+
+def test_launches_run_on_the_current_stream():
+    case = RELEASED[2]
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    expected = run(case, tensors, "triton", gradient)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # The inputs are ready late: a launch on another stream would read them too early.
+        late = {name: torch.full_like(x, torch.nan) for name, x in tensors.items()}
+        torch.cuda._sleep(50_000_000)
+        late = {name: late[name].copy_(x).requires_grad_() for name, x in detached(tensors)}
+        got = run(case, late, "triton", gradient)
+    stream.synchronize()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def detached(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, x.detach()) for name, x in tensors.items()]
+
+
+def test_a_batch_beyond_the_limit_of_a_grid_axis_gives_the_same():
+    # 65,535 programs fit the second and third axis of a grid.
+    batch = 65_536 + 2
+    case = Case("many images", 2, ((1, 2), (2, 1)), 2, 2, 1, 16, batch)
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    got = run(case, tensors, "triton", gradient)
+    last = replace(case, batch=2)
+    ends = {
+        name: (x.detach()[-2:] if x.dim() == 5 else x.detach()).double().requires_grad_()
+        for name, x in tensors.items()
+    }
+    expected = run(last, ends, "reference", gradient[-2:].double())
+    for name in ("out", "query", "key", "value"):
+        torch.testing.assert_close(got[name][-2:].double(), expected[name], atol=1e-2, rtol=1e-2)
+    exact = run(
+        case,
+        {name: x.detach().double().requires_grad_() for name, x in tensors.items()},
+        "eager",
+        gradient.double(),
+    )
+    for name in ("bias", "weight_1", "key_offset_1", "value_offset_1"):  # sums over all images
+        size = exact[name].abs().max()
+        error = (got[name].double() - exact[name]).abs().max()
+        assert error <= 1e-2 * size, name
+
+
+def test_offsets_beyond_32_bits_give_the_same():
+    # More than 2³¹ numbers lie between the first row of these views and the last.
+    case = Case("far apart", 4, ((1, 8), (4, 3)), 12, 8, 2, 16, 1)
+    row = 2**31 // case.height + 2**20
+    try:
+        storage = torch.empty(row * case.height, dtype=torch.float16, device="cuda")
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip("needs 5 GB of GPU memory")
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    expected = run(case, tensors, "triton", gradient)
+    size = case.width * case.heads * case.head_dim
+    far = dict(tensors)
+    for index, name in enumerate(("query", "key", "value")):
+        strides = (0, row, case.heads * case.head_dim, case.head_dim, 1)
+        view = storage.as_strided(case.shape, strides, index * size)
+        far[name] = view.copy_(tensors[name].detach()).requires_grad_()
+    got = run(case, far, "triton", gradient)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_auto_is_triton_but_for_float64():
     device = torch.device("cuda")
     assert resolve_backend("auto", device, torch.float16) == "triton"
