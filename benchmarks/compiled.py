@@ -30,9 +30,8 @@ from kernels.launch import PoolProblem, Problem
 __all__ = ["KERNELS", "RELEASED", "Case", "compile_launch", "disassemble", "record", "resources"]
 
 KERNELS = {
-    pooling: ("pool_kernel", "pool_backward_kernel"),
-    forward: ("forward_kernel",),
-    backward: ("query_gradient_kernel", "bias_gradient_kernel", "key_gradient_kernel"),
+    module: tuple(name for name in vars(module) if name.endswith("_kernel"))
+    for module in (pooling, forward, backward)
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

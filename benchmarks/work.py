@@ -203,7 +203,11 @@ RULES: dict[str, Callable[[Launch], Work]] = {
 
 
 def work_of(launch: Launch) -> Work:
-    """What one program of a launch does."""
+    """What one program of a launch does.
+
+    Raises:
+        KeyError: If the kernel has no rule in `RULES`.
+    """
     return RULES[launch.kernel.__name__](launch)
 
 
