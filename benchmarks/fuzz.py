@@ -179,7 +179,7 @@ def calls(draw: Callable, dtypes: Sequence[str] = tuple(DTYPES)) -> Call:
         case,
         draw(st.sampled_from(tuple(dtypes))),
         draw(st.sampled_from(("separate", "separate", "fused", "tied"))),
-        layouts,  # type: ignore[arg-type]
+        layouts,
         draw(st.sampled_from(tuple(BIASES))),
         draw(st.booleans()),
         draw(st.sampled_from(tuple(GRADIENTS))),

@@ -38,7 +38,8 @@ class Case:
     @property
     def geometry(self) -> FocalGeometry:
         """Window, levels, boundary and shift."""
-        return FocalGeometry(self.window, self.levels, self.boundary, self.shift)
+        levels = tuple(FocalLevel(*pair) for pair in self.levels)
+        return FocalGeometry(self.window, levels, self.boundary, self.shift)
 
     @property
     def shape(self) -> tuple[int, ...]:
