@@ -5,7 +5,7 @@ With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gr
 
     dv = Pᵀ dO      dk = scale · dSᵀ q      dq = scale · dS k      dbias = Σ dS over windows
 
-* `delta_kernel` writes Δ.
+* `delta_kernel` writes Δ; in full precision as ``Σ P dP``, which rounds less.
 * `gradient_kernel`: one program per key tile of a level, head and group of windows. It keeps the
   tile's bias and the sum of dS in registers and walks over its windows. What one window gives to
   keys, values and queries goes to a workspace: a key is shared by several windows, a query's
@@ -27,7 +27,7 @@ from kernels.launch import GradientPlan, Problem, acc_type, token_map
 from kernels.tiles import (
     exclude,
     image_ptr,
-    keep_mask,
+    keep_tile,
     key_tile,
     load_bias,
     load_rows,
@@ -47,24 +47,93 @@ FOLD_BLOCK = 32  # tokens or cells of a program
 
 
 @triton.jit
+def weight_tile(
+    k, q, m, peak, inverse, bias_ptr, level_start, batch, head, win_row, win_col,
+    key, value, coarse_k_ptr, coarse_v_ptr, size,
+    L: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Weights `[BLOCK_M, L.block]` from key ``k`` on, before dropout, and the keys and values."""
+    n = k + tl.arange(0, L.block)
+    keys, values, valid, side = key_tile(
+        n, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+        L, S,
+    )  # fmt: skip
+    # Loaded anew for each window: it comes from the first-level cache straight into the sum.
+    bias = load_bias(bias_ptr, k, L, BLOCK_M, L.block)
+    score = tl.dot(q, tl.trans(keys), acc=bias, input_precision=S.precision, out_dtype=ACC_TYPE)
+    query_side = query_seam_side(m, win_row, win_col, size, S)
+    score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
+    if q.dtype == ACC_TYPE:
+        weight = tl.exp2(score * S.score_factor - peak[:, None]) * inverse[:, None]
+    else:  # the same with one product less, which costs digits that 16 bits do not have
+        base = tl.where(inverse > 0, peak - tl.log2(tl.maximum(inverse, 1e-30)), float("inf"))
+        weight = tl.exp2(score * S.score_factor - base[:, None])
+    return weight, keys, values
+
+
+@triton.jit
+def load_stats(stats_ptr, row_id, m, S: tl.constexpr):
+    """Each query's largest score and one over its sum of exponentials, as forward left them.
+
+    Both are 0 beyond the last query, so that weights are 0 there.
+    """
+    stats = stats_ptr + row_id * 2 * S.num_queries + m
+    peak = tl.load(stats, mask=m < S.num_queries, other=0.0)
+    return peak, tl.load(stats + S.num_queries, mask=m < S.num_queries, other=0.0)
+
+
+@triton.jit
 def delta_kernel(
-    grad_out, out_ptr, delta_ptr, size,
+    query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, stats_ptr,
+    delta_ptr, seed_ptr, size,
     S: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Δ of every query, `[batch, windows, heads, window²]`; grid (items · query blocks, heads)."""
+    """Δ of every query, `[batch, windows, heads, window²]`; grid (items · query blocks, heads).
+
+    From the output where that is rounded to 16 bits. In full precision ``Σ P dP / Σ P`` with the
+    weights as `gradient_kernel` computes them again: gradients of scores then sum to zero over the
+    keys, also where they all but vanish and the rounding of the output would be what is left.
+    """
     BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
     item = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
     head = tl.program_id(1)
     batch, win_row, win_col = locate_window(item, size, S)
-    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row, col, stored = locate_queries(m, win_row, win_col, size, S)
     do_rows = image_ptr(grad_out, batch, head) + token_offset(grad_out, row, col, S)
-    out_rows = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
-    out_rows += row_offset(row * size.width + col, size, S)
-    do = load_rows(do_rows, stored, False, S).to(ACC_TYPE)  # [BLOCK_M, block_d]
-    out = load_rows(out_rows, stored, False, S).to(ACC_TYPE)
+    do = load_rows(do_rows, stored, False, S)  # [BLOCK_M, block_d]
     row_id = item.to(tl.int64) * size.num_heads + head
-    delta = tl.sum(do * out, axis=1)
+    if do.dtype == ACC_TYPE:
+        q_rows = image_ptr(query, batch, head) + token_offset(query, row, col, S)
+        q = load_rows(q_rows, stored, False, S)
+        peak, inverse = load_stats(stats_ptr, row_id, m, S)
+        bias_ptr += (head * BLOCKS + block) * (BLOCK_M * S.n_pad)
+        delta = tl.zeros([BLOCK_M], dtype=ACC_TYPE)
+        total = tl.zeros([BLOCK_M], dtype=ACC_TYPE)
+        level_start = 0
+        for i in tl.static_range(len(S.levels)):
+            for k in range(0, S.levels[i].full, S.levels[i].block):
+                weight, _, values = weight_tile(
+                    k, q, m, peak, inverse, bias_ptr, level_start, batch, head, win_row, win_col,
+                    key, value, coarse_k_ptr, coarse_v_ptr, size, S.levels[i], S, BLOCK_M, ACC_TYPE,
+                )  # fmt: skip
+                d_weight = tl.dot(
+                    do, tl.trans(values), input_precision=S.precision, out_dtype=ACC_TYPE
+                )
+                if S.drop_threshold > 0:
+                    keep = keep_tile(seed_ptr, row_id, m, k, S.levels[i], S)
+                    d_weight = tl.where(keep, d_weight * S.keep_factor, 0.0)
+                delta += tl.sum(weight * d_weight, axis=1)
+                total += tl.sum(weight, axis=1)
+            if i > 0:
+                level_start += (size.pad_h // S.levels[i].sub) * (size.pad_w // S.levels[i].sub)
+        delta = delta / tl.where(total > 0, total, 1.0)
+    else:
+        out_rows = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
+        out_rows += row_offset(row * size.width + col, size, S)
+        out = load_rows(out_rows, stored, False, S)
+        delta = tl.sum(do.to(ACC_TYPE) * out.to(ACC_TYPE), axis=1)
     tl.store(delta_ptr + row_id * S.num_queries + m, delta, mask=m < S.num_queries)
 
 
@@ -73,8 +142,7 @@ def gradient_kernel(
     query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, stats_ptr, delta_ptr,
     query_part_ptr, key_part_ptr, value_part_ptr, bias_part_ptr, seed_ptr, size,
     first_item, num_items, items_per_program, first_tile, num_tiles, level_start,
-    S: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC_TYPE: tl.constexpr,
+    S: tl.constexpr, L: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Every product of one tile of a level's keys, for a group of windows.
 
@@ -90,7 +158,7 @@ def gradient_kernel(
     head = tl.program_id(1)
     group = tl.program_id(2)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tile * L.block + tl.arange(0, L.block)
     bias_ptr += (head * BLOCKS + block) * (BLOCK_M * S.n_pad)
 
     # The sum over windows goes on where the launch before, for other images, left it.
@@ -109,27 +177,12 @@ def gradient_kernel(
         q = load_rows(q_rows, stored, False, S)  # [BLOCK_M, block_d]
         do = load_rows(do_rows, stored, False, S)
         row_id = item.to(tl.int64) * size.num_heads + head
-        stats = stats_ptr + row_id * 2 * S.num_queries + m
-        is_query = m < S.num_queries
-        peak = tl.load(stats, mask=is_query, other=0.0)
-        inverse = tl.load(stats + S.num_queries, mask=is_query, other=0.0)
-        delta = tl.load(delta_ptr + row_id * S.num_queries + m, mask=is_query, other=0.0)
-        query_side = query_seam_side(m, win_row, win_col, size, S)
-
-        # -- load keys, and the products
-        keys, values, valid, side = key_tile(
-            k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
-            size, L, S,
+        peak, inverse = load_stats(stats_ptr, row_id, m, S)
+        delta = tl.load(delta_ptr + row_id * S.num_queries + m, mask=m < S.num_queries, other=0.0)
+        weight, keys, values = weight_tile(
+            tile * L.block, q, m, peak, inverse, bias_ptr, level_start, batch, head, win_row,
+            win_col, key, value, coarse_k_ptr, coarse_v_ptr, size, L, S, BLOCK_M, ACC_TYPE,
         )  # fmt: skip
-        # Loaded anew for each window: it comes from the first-level cache straight into the sum.
-        bias = load_bias(bias_ptr, tile * BLOCK_N, L, BLOCK_M, BLOCK_N)
-        score = tl.dot(q, tl.trans(keys), acc=bias, input_precision=S.precision, out_dtype=ACC_TYPE)
-        score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
-        if q.dtype == ACC_TYPE:
-            weight = tl.exp2(score * S.score_factor - peak[:, None]) * inverse[:, None]
-        else:  # the same with one product less, which costs digits that 16 bits do not have
-            base = tl.where(inverse > 0, peak - tl.log2(tl.maximum(inverse, 1e-30)), float("inf"))
-            weight = tl.exp2(score * S.score_factor - base[:, None])
         place = (item - first_item).to(tl.int64) * size.num_heads + head
         d = tl.arange(0, S.block_d)[None, :]
         key_place = ((place * BLOCKS + block) * L.full + k)[:, None] * S.block_d + d
@@ -137,8 +190,7 @@ def gradient_kernel(
         query_place = query_place[:, None] * S.block_d + d
         kept = weight
         if S.drop_threshold > 0:
-            pair = m[:, None] * S.num_keys + (L.first + k)[None, :]
-            keep = keep_mask(seed_ptr, row_id, pair, S)
+            keep = keep_tile(seed_ptr, row_id, m, tile * L.block, L, S)
             kept = tl.where(keep, weight * S.keep_factor, 0.0)
         # Each product is stored as soon as it is made: registers are what is scarce here.
         kept = tl.trans(kept.to(do.dtype))
@@ -285,45 +337,44 @@ def launch_backward(
     windows, heads = problem.num_windows, query.shape[3]
     common = {"size": problem.size, "S": shape, "ACC_TYPE": acc_type(query.dtype)}
     delta = stats.new_empty(stats.shape[:3] + stats.shape[4:])
-    delta_kernel[(query.shape[0] * windows * plan.query_blocks, heads)](
-        grad_out=token_map(grad_out),
-        out_ptr=out,
-        delta_ptr=delta,
+    inputs = {
+        "query": token_map(query),
+        "key": token_map(key),
+        "value": token_map(value),
+        "grad_out": token_map(grad_out),
+        "coarse_k_ptr": problem.coarse_key,
+        "coarse_v_ptr": problem.coarse_value,
+        "bias_ptr": problem.fragment_bias(bias, shape, tile.block_m),
+        "stats_ptr": stats,
+        "delta_ptr": delta,
+        "seed_ptr": problem.seed_ptr,
         **common,
+    }
+    delta_kernel[(query.shape[0] * windows * plan.query_blocks, heads)](
+        **inputs,
+        out_ptr=out,
         BLOCK_M=tile.block_m,
         num_warps=tile.num_warps,
     )
     query_part, key_part, value_part = plan.workspace(query)
     bias_part = stats.new_zeros(plan.groups, *bias.shape)
-    fragments = problem.fragment_bias(bias, shape, tile.block_m)
     for images in plan.chunks():
         items = len(images) * windows
         for part in plan.levels:
             gradient_kernel[(part.tiles * plan.query_blocks, heads, plan.groups)](
-                query=token_map(query),
-                key=token_map(key),
-                value=token_map(value),
-                grad_out=token_map(grad_out),
-                coarse_k_ptr=problem.coarse_key,
-                coarse_v_ptr=problem.coarse_value,
-                bias_ptr=fragments,
-                stats_ptr=stats,
-                delta_ptr=delta,
+                **inputs,
                 query_part_ptr=query_part,
                 key_part_ptr=key_part,
                 value_part_ptr=value_part,
                 bias_part_ptr=bias_part,
-                seed_ptr=problem.seed_ptr,
                 first_item=images.start * windows,
                 num_items=items,
                 items_per_program=-(-items // plan.groups),
                 first_tile=part.first_tile,
                 num_tiles=plan.num_tiles,
                 level_start=part.start,
-                **common,
                 L=part.level,
                 BLOCK_M=tile.block_m,
-                BLOCK_N=part.block_n,
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )

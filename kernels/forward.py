@@ -4,14 +4,17 @@
 
 Layouts: q, k, v `[batch, height, width, heads, head_dim]` with any strides but a contiguous last
 axis (views of a fused qkv projection are read in place); the pooled maps of all coarse levels
-packed, `[batch, coarse_cells, heads, head_dim]`; out contiguous, as q; stats
-`[batch, windows, heads, 2, window²]`.
+packed, `[batch, coarse_cells, heads, head_dim]`, empty where this kernel pools; out contiguous, as
+q; stats `[batch, windows, heads, 2, window²]`.
 
-Grid: (windows · query blocks, heads, batch). A program walks over the keys of its window in
-canonical order, first the tiles that hold fine keys alone, then the rest, with an online softmax in
-base 2. The bias comes multiplied by log2(e) and padded to whole tiles with -inf, so that no score
-needs a mask for the tile's end. Saved for backward: each query's largest score and one over its sum
-of exponentials, both 0 for a query without any key. Their usual union, the logarithm of the sum of
+Grid: (windows of all images · query blocks, heads). A program walks over the keys of its window,
+level after level, with an online softmax in base 2. The bias starts the sum of each score: it comes
+divided by the scale, with -inf for the places beyond a level's last key, so that no score needs a
+mask for a tile's end (`Problem.fragment_bias`). Coarse keys are read from maps that a pass of its
+own pooled (`kernels.pooling`), or pooled here (`launch.pools_inline` chooses).
+
+Saved for backward: each query's largest score in base 2 and one over its sum of exponentials, both
+0 for a query without any key. Their usual union, the logarithm of the sum of
 exponentials, would lose the digits of large scores to rounding.
 """
 
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Problem, acc_type, cut, token_map
+from kernels.launch import Problem, acc_type, cut_with_tail, token_map
 from kernels.tiles import (
     exclude,
     image_ptr,
@@ -31,6 +34,7 @@ from kernels.tiles import (
     locate_queries,
     locate_window,
     packed_ptr,
+    pool_tile,
     query_seam_side,
     row_offset,
     store_rows,
@@ -43,15 +47,20 @@ __all__ = ["forward_kernel", "launch_forward"]
 @triton.jit
 def attend_tile(
     start, acc, peak, total, q, m, query_side, bias_ptr, row_id, seed_ptr, level_start,
-    batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
+    batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, pool, size,
     L: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold a tile of one level's keys into the running softmax; returns ``(acc, peak, total)``."""
     k = start + tl.arange(0, BLOCK_N)
-    keys, values, valid, side = key_tile(
-        k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
-        size, L, S,
-    )  # fmt: skip
+    if L.inline:
+        keys, values, valid, side = pool_tile(
+            k, pool, batch, head, win_row, win_col, key, value, size, L, S, BLOCK_N, acc.dtype
+        )
+    else:
+        keys, values, valid, side = key_tile(
+            k, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr,
+            size, L, S,
+        )  # fmt: skip
     bias = load_bias(bias_ptr, start, L, BLOCK_M, BLOCK_N)
     score = tl.dot(q, tl.trans(keys), acc=bias, input_precision=S.precision, out_dtype=acc.dtype)
     score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
@@ -73,8 +82,9 @@ def attend_tile(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, coarse_k_ptr, coarse_v_ptr, bias_ptr, out_ptr, stats_ptr, seed_ptr, size,
-    S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
+    query, key, value, coarse_k_ptr, coarse_v_ptr, pools, bias_ptr, out_ptr, stats_ptr, seed_ptr,
+    size,
+    S: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """See the top of this file."""
     # -- locate
@@ -100,17 +110,17 @@ def forward_kernel(
     # -- for each level: whole tiles, then the smaller ones of its end
     level_start = 0
     for i in tl.static_range(len(S.levels)):
-        for start in range(0, S.levels[i].full, BLOCK_N):
+        for start in range(0, S.levels[i].full, S.levels[i].block):
             acc, peak, total = attend_tile(
                 start, acc, peak, total, q, m, query_side, bias_ptr, row_id, seed_ptr, level_start,
-                batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, size,
-                S.levels[i], S, BLOCK_M, BLOCK_N,
+                batch, head, win_row, win_col, key, value, coarse_k_ptr, coarse_v_ptr, pools[i],
+                size, S.levels[i], S, BLOCK_M, S.levels[i].block,
             )  # fmt: skip
         for j in tl.static_range(len(S.levels[i].tail)):
             acc, peak, total = attend_tile(
                 S.levels[i].tail[j][0], acc, peak, total, q, m, query_side, bias_ptr, row_id,
                 seed_ptr, level_start, batch, head, win_row, win_col, key, value, coarse_k_ptr,
-                coarse_v_ptr, size, S.levels[i], S, BLOCK_M, S.levels[i].tail[j][1],
+                coarse_v_ptr, pools[i], size, S.levels[i], S, BLOCK_M, S.levels[i].tail[j][1],
             )  # fmt: skip
         if i > 0:
             level_start += (size.pad_h // S.levels[i].sub) * (size.pad_w // S.levels[i].sub)
@@ -150,7 +160,9 @@ def launch_forward(
     if query.numel() == 0:
         return out, stats
     tile = problem.tile("forward")
-    levels = problem.levels([cut(keys, tile.block_n) for keys in problem.geometry.keys_per_level])
+    levels = problem.levels(
+        cut_with_tail(keys, tile.block_n) for keys in problem.geometry.keys_per_level
+    )
     shape = problem.shape(levels, tile.block_m, query, key, value)
     items = query.shape[0] * problem.num_windows
     forward_kernel[(items * shape.m_pad // tile.block_m, query.shape[3])](
@@ -159,6 +171,7 @@ def launch_forward(
         value=token_map(value),
         coarse_k_ptr=problem.coarse_key,
         coarse_v_ptr=problem.coarse_value,
+        pools=problem.pool_arguments,
         bias_ptr=problem.fragment_bias(bias, shape, tile.block_m),
         out_ptr=out,
         stats_ptr=stats,
@@ -166,7 +179,6 @@ def launch_forward(
         size=problem.size,
         S=shape,
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         ACC_TYPE=acc_type(query.dtype),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

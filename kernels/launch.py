@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.dropout import keep_threshold
 from kernels.geometry import FocalGeometry
 from kernels.launch_table import ANY_TARGET, TABLE, Tile
-from kernels.tiles import Level, PoolShape, Shape, Size, TokenMap
+from kernels.tiles import Level, Pool, PoolShape, Shape, Size, TokenMap
 
 __all__ = [
     "GradientPlan",
@@ -24,6 +24,7 @@ __all__ = [
     "Problem",
     "device_target",
     "pick_tile",
+    "pools_inline",
     "sum_dtype",
     "token_map",
 ]
@@ -77,20 +78,30 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def cut(keys: int, block_n: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Cut a level's keys into whole tiles and a tail of smaller ones, powers of two from 16 up.
+class Cut(NamedTuple):
+    """A level's keys cut into tiles; see `kernels.tiles.Level`."""
 
-    Returns:
-        Keys in whole tiles, and (first key, size) of each tile of the tail.
-    """
-    start = full = keys // block_n * block_n
+    block: int
+    full: int
+    tail: tuple[tuple[int, int], ...]
+
+
+def cut_with_tail(keys: int, block: int) -> Cut:
+    """Whole tiles, then smaller ones, powers of two from 16 up: least padding."""
+    start = full = keys // block * block
     tail = []
     while start < keys:
         rest = _round_up(keys - start, 16)
         size = 1 << (rest.bit_length() - 1)
         tail.append((start, size))
         start += size
-    return full, tuple(tail)
+    return Cut(block, full, tuple(tail))
+
+
+def cut_evenly(keys: int, block: int) -> Cut:
+    """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
+    block = min(block, max(16, triton.next_power_of_2(keys)))
+    return Cut(block, _round_up(keys, block), ())
 
 
 def float32_precision() -> str:
@@ -136,6 +147,8 @@ class Problem:
         map_size: Rows and columns that hold real tokens.
         dropout_p: Probability that a weight is dropped.
         dropout_seed: int64 `[1]`, or None without dropout.
+        pools: Weights and offsets of every coarse level, where the attention kernel pools them; the
+            packed maps are then empty.
     """
 
     geometry: FocalGeometry
@@ -147,6 +160,7 @@ class Problem:
     map_size: tuple[int, int]
     dropout_p: float
     dropout_seed: Tensor | None
+    pools: tuple[Pool, ...] = ()
 
     def tile(self, kernel: str) -> Tile:
         """Tile sizes and launch options of a kernel."""
@@ -186,13 +200,20 @@ class Problem:
             keep_factor=1.0 / (1.0 - self.dropout_p),
         )
 
-    def levels(self, cuts: list[tuple[int, tuple[tuple[int, int], ...]]]) -> tuple[Level, ...]:
-        """Each level's sizes; ``cuts`` says how its keys are cut into tiles, see `cut`."""
+    def levels(self, cuts: Iterable[Cut]) -> tuple[Level, ...]:
+        """Each level's sizes; ``cuts`` says how its keys are cut into tiles."""
         levels, first, column = [], 0, 0
-        for index, (full, tail) in enumerate(cuts):
+        for index, cut in enumerate(cuts):
             spec, cells = self.geometry.levels[index], self.geometry.cells(index)
             level = Level(
-                index == 0, spec.subwindow_size, cells, spec.region_size, first, column, full, tail
+                fine=index == 0,
+                sub=spec.subwindow_size,
+                cells=cells,
+                region=spec.region_size,
+                first=first,
+                column=column,
+                inline=index > 0 and bool(self.pools),
+                **cut._asdict(),
             )
             levels.append(level)
             first += spec.region_size**2
@@ -221,6 +242,12 @@ class Problem:
     def seed_ptr(self) -> Tensor:
         """The dropout seed; without dropout no kernel reads it, and any pointer serves."""
         return self.coarse_key if self.dropout_seed is None else self.dropout_seed
+
+    @property
+    def pool_arguments(self) -> tuple[Pool, ...]:
+        """A `Pool` per level; those that no kernel reads hold any pointer."""
+        unread = Pool(self.coarse_key, self.coarse_key, self.coarse_key)
+        return (unread, *(self.pools or (unread,) * (len(self.geometry.levels) - 1)))
 
     def fragment_bias(self, bias: Tensor, shape: Shape, block_m: int) -> Tensor:
         """The bias as score tiles take it: divided by the scale, padded, in fragment order.
@@ -254,12 +281,48 @@ class Problem:
         return blocks.permute(0, 1, 5, 2, 4, 6, 3, 7).contiguous()
 
 
+# Thread-instructions that pooling in the attention kernel spends on a token, and those that a large
+# GPU executes while a launch is on its way (3 µs); both from instruction counts, see
+# docs/performance.md.
+INLINE_INSTRUCTIONS = 400
+LAUNCH_INSTRUCTIONS = 9e7
+LARGEST_INLINE_REGION = 32  # cells: a level pooled in the kernel is a single small tile
+
+
+def pools_inline(geometry: FocalGeometry, query_shape: Sequence[int]) -> bool:
+    """Whether pooling inside the attention kernel costs less than a pass of its own (forward).
+
+    A pass reads each token once, and costs a launch for each level. In the kernel every window
+    pools the cells of its region again, so a token is pooled as often as windows attend its cell;
+    the products are the same. The kernel is cheaper where what it pools in excess takes less time
+    than the launch: where a region holds few windows (stage 4 always, stage 3 for small batches).
+
+    Args:
+        geometry: Window, levels, boundary and shift.
+        query_shape: `(batch, height, width, heads, head_dim)`.
+    """
+    batch, height, width, heads, _ = query_shape
+    excess = 0
+    for level in range(1, len(geometry.levels)):
+        if geometry.levels[level].region_size ** 2 > LARGEST_INLINE_REGION:
+            return False
+        cells = [
+            sum(min(at + reach, side) - max(at - margin, 0) for at in range(0, side, step))
+            for side in geometry.map_cells(level, height, width)
+            for step, margin in [(geometry.cells(level), geometry.margin(level))]
+            for reach in [step + margin]
+        ]
+        pooled = math.prod(cells) - math.prod(geometry.map_cells(level, height, width))
+        excess += pooled * geometry.levels[level].subwindow_size ** 2
+    launches = len(geometry.levels) - 1
+    return batch * heads * excess * INLINE_INSTRUCTIONS <= launches * LAUNCH_INSTRUCTIONS
+
+
 @dataclass(frozen=True)
 class GradientLevel:
     """How the gradients of one level are cut into programs."""
 
     level: Level
-    block_n: int
     tiles: int
     first_tile: int  # among the key tiles of all levels
     start: int  # first cell in the packed maps
@@ -278,21 +341,16 @@ class GradientPlan:
         self.problem = problem
         self.tile = problem.tile("gradient")
         geometry, (height, width) = problem.geometry, problem.query_shape[1:3]
-        blocks = [
-            min(self.tile.block_n, max(16, triton.next_power_of_2(keys)))
-            for keys in geometry.keys_per_level
-        ]
-        widths = [
-            _round_up(keys, block)
-            for keys, block in zip(geometry.keys_per_level, blocks, strict=True)
-        ]
-        levels = problem.levels([(width, ()) for width in widths])
+        levels = problem.levels(
+            cut_evenly(keys, self.tile.block_n) for keys in geometry.keys_per_level
+        )
         self.shape = problem.shape(levels, self.tile.block_m, *maps)
         self.levels: list[GradientLevel] = []
         first_tile = start = 0
-        for index, (level, block) in enumerate(zip(levels, blocks, strict=True)):
-            tiles, cells = level.width // block, math.prod(geometry.map_cells(index, height, width))
-            self.levels.append(GradientLevel(level, block, tiles, first_tile, start, cells))
+        for index, level in enumerate(levels):
+            tiles = level.full // level.block
+            cells = math.prod(geometry.map_cells(index, height, width))
+            self.levels.append(GradientLevel(level, tiles, first_tile, start, cells))
             first_tile += tiles
             start += cells if index else 0
         self.num_tiles = first_tile

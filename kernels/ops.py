@@ -7,6 +7,7 @@ on a CPU as well (docs/decisions.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,8 +19,9 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.flops import backward_flops, forward_flops
 from kernels.forward import launch_forward
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
-from kernels.launch import PoolProblem, Problem, sum_dtype
+from kernels.launch import PoolProblem, Problem, pools_inline, sum_dtype
 from kernels.pooling import launch_pool, launch_pool_backward
+from kernels.tiles import Pool
 
 __all__ = ["INTERPRETED", "focal_attention"]
 
@@ -45,6 +47,9 @@ def focal_attention(
     if scale < SMALLEST_SCALE:  # the kernels divide the bias by it
         query, scale = query * scale, 1.0
     code = encode_geometry(geometry)
+    settings = (code, scale, list(map_size), dropout_p, dropout_seed)
+    if _inline(query, key, value, bias, geometry, pooling):
+        return _pooling_attention(query, key, value, bias, *_pools(key, pooling), *settings)
     pooled = []
     for level, entry in enumerate(pooling, start=1):
         if isinstance(entry, PooledMap):
@@ -56,24 +61,49 @@ def focal_attention(
     if len(pooled) == 1:
         coarse_key, coarse_value = (x.contiguous() for x in pooled[0])
     else:
-        batch, heads, head_dim = query.shape[0], *query.shape[3:]
-        none = query.new_empty(batch, 0, heads, head_dim)
+        none = _no_cells(query)
         coarse_key = torch.cat([none, *(k for k, _ in pooled)], dim=1)
         coarse_value = torch.cat([none, *(v for _, v in pooled)], dim=1)
-    out, _ = _attention(
-        query,
-        key,
-        value,
-        bias,
-        coarse_key,
-        coarse_value,
-        code,
-        scale,
-        list(map_size),
-        dropout_p,
-        dropout_seed,
-    )
+    out, _ = _attention(query, key, value, bias, coarse_key, coarse_value, *settings)
     return out
+
+
+def _inline(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    geometry: FocalGeometry,
+    pooling: Sequence[Pooling | PooledMap],
+) -> bool:
+    """Whether the attention kernel pools the coarse levels itself.
+
+    Backward reads the coarse maps: where a gradient is wanted, a pass of its own makes them.
+    """
+    if not pooling or not all(isinstance(entry, Pooling) for entry in pooling):
+        return False
+    tensors = [query, key, value, bias]
+    for entry in pooling:
+        tensors += [x for x in vars(entry).values() if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return pools_inline(geometry, query.shape)
+
+
+def _pools(key: Tensor, pooling: Sequence[Pooling]) -> tuple[list[Tensor], ...]:
+    """Weights, key offsets and value offsets of every level; zeros for no offset."""
+    zero = key.new_zeros(key.shape[3:])
+    weights = [entry.weight.contiguous() for entry in pooling]
+    offsets = (
+        [zero if x is None else x.contiguous() for x in some]
+        for some in zip(*((entry.key_offset, entry.value_offset) for entry in pooling), strict=True)
+    )
+    return weights, *offsets
+
+
+def _no_cells(query: Tensor) -> Tensor:
+    """Packed coarse maps without a cell."""
+    return query.new_empty(query.shape[0], 0, *query.shape[3:])
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -199,6 +229,34 @@ def _attention(
         return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)
 
 
+@torch.library.custom_op("focal::pooling_attention", mutates_args=())
+def _pooling_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    weights: Sequence[Tensor],
+    key_offsets: Sequence[Tensor],
+    value_offsets: Sequence[Tensor],
+    geometry_code: Sequence[int],
+    scale: float,
+    map_size: Sequence[int],
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    none = _no_cells(query)
+    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
+    pools = tuple(Pool(*x) for x in zip(weights, key_offsets, value_offsets, strict=True))
+    problem = replace(_problem(query, none, none, *settings), pools=pools)
+    with torch.cuda.device_of(query):
+        return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)[0]
+
+
+@_pooling_attention.register_fake
+def _(query, *rest):
+    return query.new_empty(query.shape)
+
+
 @_attention.register_fake
 def _(query, key, value, bias, coarse_key, coarse_value, *settings):
     problem = _problem(query, coarse_key, coarse_value, *settings)
@@ -255,6 +313,11 @@ _attention.register_autograd(_backward_attention, setup_context=_setup_attention
 
 @register_flop_formula(torch.ops.focal.attention)
 def _(query, key, value, bias, coarse_key, coarse_value, code, *settings, out_shape):
+    return forward_flops(query, code)
+
+
+@register_flop_formula(torch.ops.focal.pooling_attention)
+def _(query, key, value, bias, weights, k_offsets, v_offsets, code, *settings, out_shape):
     return forward_flops(query, code)
 
 

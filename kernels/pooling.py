@@ -59,9 +59,8 @@ def pool_kernel(
     batch, cell = locate_cells(size, BLOCK)
     head = tl.program_id(1)
     exists = cell < size.coarse_cells
-    offset = head * S.head_dim + cell * 0  # one row of offsets for every cell
-    acc_k = load_rows(k_offset_ptr + offset, exists, False, S).to(ACC_TYPE)  # [BLOCK, block_d]
-    acc_v = load_rows(v_offset_ptr + offset, exists, False, S).to(ACC_TYPE)
+    acc_k = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
+    acc_v = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
     k_image = image_ptr(key, batch, head)
     v_image = image_ptr(value, batch, head)
     for i in range(SUB * SUB):
@@ -71,6 +70,9 @@ def pool_kernel(
         v = load_rows(v_image + token_offset(value, row, col, S), stored, False, S)
         acc_k += weight * k.to(ACC_TYPE)
         acc_v += weight * v.to(ACC_TYPE)
+    offset = head * S.head_dim + cell * 0  # one row of offsets for every cell
+    acc_k += load_rows(k_offset_ptr + offset, exists, False, S).to(ACC_TYPE)
+    acc_v += load_rows(v_offset_ptr + offset, exists, False, S).to(ACC_TYPE)
     place = row_offset(cell, size, S)
     k_target = packed_ptr(pooled_k_ptr, batch, size.coarse_cells, head, size, S)
     v_target = packed_ptr(pooled_v_ptr, batch, size.coarse_cells, head, size, S)

@@ -40,8 +40,8 @@ class Size(NamedTuple):
 class Level(NamedTuple):
     """Compile-time sizes of one level of keys.
 
-    ``full`` keys fill whole tiles; ``tail`` lists (first key, size) of the smaller tiles that hold
-    the rest.
+    ``full`` keys fill whole tiles of ``block``; ``tail`` lists (first key, size) of the smaller
+    tiles that hold the rest.
     """
 
     fine: bool  # level 0, of tokens
@@ -50,6 +50,8 @@ class Level(NamedTuple):
     region: int
     first: int  # first key in canonical order
     column: int  # first column in padded biases
+    inline: bool  # pooled inside the attention kernel, not by a pass of its own
+    block: int
     full: int
     tail: tuple[tuple[int, int], ...]
 
@@ -81,6 +83,14 @@ class Shape(NamedTuple):
     scale: float
     drop_threshold: int  # 0 without dropout; see `kernels.dropout`
     keep_factor: float  # 1 / (1 − p)
+
+
+class Pool(NamedTuple):
+    """Pooling of a level: weights `[sub, sub]`, offsets `[heads, head_dim]`."""
+
+    weight_ptr: Any
+    k_offset_ptr: Any
+    v_offset_ptr: Any
 
 
 class PoolShape(NamedTuple):
@@ -280,9 +290,60 @@ def key_tile(
         v_rows = packed_ptr(coarse_v_ptr, batch, size.coarse_cells, head, size, S) + offset
         keys = load_rows(k_rows, valid, False, S)
         values = load_rows(v_rows, valid, False, S)
-        d = tl.arange(0, S.block_d)
-        valid = tl.max((valid[:, None] & (d[None, :] >= 0)).to(tl.int32), axis=1) > 0
     return keys, values, valid, side
+
+
+@triton.jit
+def pool_tile(
+    k, pool, batch, head, win_row, win_col, key, value, size,
+    L: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, ACC_TYPE: tl.constexpr,
+):  # fmt: skip
+    """`key_tile` for keys ``k`` of a coarse level, pooled here from the tokens of the region.
+
+    A product of tensor cores pools: the weights, spread over `[BLOCK_N, TOKENS]` with a row for
+    each cell, times the tokens.
+    """
+    MARGIN: tl.constexpr = (L.region - L.cells) // 2
+    TOKENS: tl.constexpr = 64
+    # -- the cells of the region that lie on the map
+    first_row = win_row * L.cells - MARGIN
+    first_col = win_col * L.cells - MARGIN
+    top = tl.maximum(first_row, 0)
+    left = tl.maximum(first_col, 0)
+    cols = (tl.minimum(first_col + L.region, size.pad_w // L.sub) - left) * L.sub
+    rows = (tl.minimum(first_row + L.region, size.pad_h // L.sub) - top) * L.sub
+    k_image = image_ptr(key, batch, head)
+    v_image = image_ptr(value, batch, head)
+    keys = tl.zeros([BLOCK_N, S.block_d], dtype=ACC_TYPE)
+    values = tl.zeros([BLOCK_N, S.block_d], dtype=ACC_TYPE)
+    for start in range(0, rows * cols, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        row = top * L.sub + t // cols
+        col = left * L.sub + t % cols
+        cell = (row // L.sub - first_row) * L.region + col // L.sub - first_col
+        place = row % L.sub * L.sub + col % L.sub
+        weight = tl.load(pool.weight_ptr + place, mask=t < rows * cols, other=0.0)
+        spread = tl.where(k[:, None] == cell[None, :], weight[None, :], 0.0)
+        row = unroll(row, size.pad_h, S)
+        col = unroll(col, size.pad_w, S)
+        stored = (t < rows * cols) & (row < size.height) & (col < size.width)
+        token_k = load_rows(k_image + token_offset(key, row, col, S), stored, False, S)
+        token_v = load_rows(v_image + token_offset(value, row, col, S), stored, False, S)
+        spread = spread.to(token_k.dtype)
+        keys = tl.dot(spread, token_k, acc=keys, input_precision=S.precision, out_dtype=ACC_TYPE)
+        values = tl.dot(
+            spread, token_v, acc=values, input_precision=S.precision, out_dtype=ACC_TYPE
+        )
+    # -- offsets, and which cells are keys
+    d = tl.arange(0, S.block_d)
+    offset = head * S.head_dim + d
+    keys += tl.load(pool.k_offset_ptr + offset, mask=d < S.head_dim, other=0.0)[None, :]
+    values += tl.load(pool.v_offset_ptr + offset, mask=d < S.head_dim, other=0.0)[None, :]
+    cell_row = first_row + k // L.region
+    cell_col = first_col + k % L.region
+    valid = cell_is_key(cell_row, size.pad_h, size.map_h, L.sub, S)
+    valid = valid & cell_is_key(cell_col, size.pad_w, size.map_w, L.sub, S)
+    return keys.to(key.ptr.dtype.element_ty), values.to(key.ptr.dtype.element_ty), valid, k * 0 - 1
 
 
 @triton.jit
@@ -322,3 +383,10 @@ def keep_mask(seed_ptr, row, pair, S: tl.constexpr):
     hashed = mix(start + pair.to(tl.uint32) * 0x9E3779B1)
     # Compared in 64 bits, for the threshold needs all 32 and the sign.
     return hashed.to(tl.int64) >= S.drop_threshold
+
+
+@triton.jit
+def keep_tile(seed_ptr, row, m, k, L: tl.constexpr, S: tl.constexpr):
+    """`keep_mask` of queries ``m`` and a tile of a level's keys from ``k`` on."""
+    n = L.first + k + tl.arange(0, L.block)
+    return keep_mask(seed_ptr, row, m[:, None] * S.num_keys + n[None, :], S)

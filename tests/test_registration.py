@@ -155,6 +155,18 @@ def test_triton_attention_of_several_windows_is_registered_soundly():
 
 
 @needs_interpreter
+def test_attention_that_pools_is_registered_soundly():
+    case = TWO_COARSE
+    tensors = {name: x.detach() for name, x in make_tensors(case).items()}
+    names = ("weight", "key_offset", "value_offset")
+    pools = [[tensors[f"{name}_{level}"] for level in (1, 2)] for name in names]
+    inputs = [tensors[name] for name in ("query", "key", "value", "bias")]
+    torch.library.opcheck(
+        torch.ops.focal.pooling_attention.default, (*inputs, *pools, *settings(case, 0.0))
+    )
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_triton_attention_backward_is_registered_soundly(dtype):
     case = TWO_COARSE

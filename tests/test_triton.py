@@ -29,7 +29,7 @@ pytestmark = needs_interpreter
 
 from sanitizer import Sanitizer  # noqa: E402
 
-from kernels import backward, forward, launch, ops, pooling  # noqa: E402
+from kernels import FocalGeometry, backward, forward, launch, ops, pooling  # noqa: E402
 
 SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=1, shift=1)
 MASKED = Case("masked", 4, ((1, 6), (2, 4), (4, 3)), 5, 4, 2, 3, 1, "mask", 1, (5, 3))
@@ -118,9 +118,10 @@ def test_a_scale_that_the_bias_cannot_be_divided_by(scale):
 
 
 def test_maps_beyond_32_bits_are_found_so():
-    image = torch.empty(1, device="meta").expand(1, 2**14, 2**14, 2, 4)
-    assert launch.offsets_fit(image)
-    assert not launch.offsets_fit(torch.empty(1, 2**14, 2**14, 2, 4, device="meta"))
+    large = torch.empty(1, 2**15, 2**14, 2, 4, device="meta")
+    assert not launch.offsets_fit(large)
+    assert launch.offsets_fit(large[:, : 2**14])
+    assert launch.offsets_fit(torch.empty(9, 2**14, 2**14, 2, 2, device="meta"))
 
 
 def test_offsets_of_64_bits_give_the_same(monkeypatch):
@@ -314,6 +315,54 @@ def test_error_is_at_most_twice_the_plain_one_with_two_keys(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_error_is_at_most_twice_the_plain_one_with_large_scores(dtype):
-    # A scale of 4 makes scores of some tens.
-    case = Case("large scores", 4, ((1, 8), (4, 3)), 6, 5, 2, 32, 1)
-    assert_precise(error_ratios(case, dtype, "triton", draws=3, scale=4.0))
+    # A scale of 4 makes scores of some tens; few draws would leave the ratio to chance.
+    case = Case("large scores", 2, ((1, 4), (2, 3)), 3, 4, 1, 16, 1)
+    assert_precise(error_ratios(case, dtype, "triton", draws=20, scale=4.0))
+
+
+# -- pooling inside the attention kernel ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        MASKED,
+        Case("stage 3", 7, ((1, 13), (7, 3)), 14, 9, 1, 32, 1, shift=3),
+        Case("stage 4", 7, ((1, 7), (7, 1)), 7, 7, 2, 32, 2),
+        Case("no offsets", 2, ((1, 4), (2, 3)), 3, 4, 1, offsets=False, dropout_p=0.3),
+        # 36 + 25 cells: several tiles of 16 pool the same region.
+        Case("several tiles", 4, ((1, 4), (2, 6), (4, 5)), 9, 8, 1, boundary="mask"),
+    ],
+    ids=str,
+)
+def test_pooling_inside_the_kernel_gives_the_same(case, monkeypatch):
+    monkeypatch.setattr(ops, "pools_inline", lambda *_: True)
+    if case.name == "several tiles":
+        monkeypatch.setattr(launch, "pick_tile", lambda *_: launch.Tile(16, 16, 4, 1))
+    tensors = {name: x.detach() for name, x in make_tensors(case).items()}
+    with Sanitizer(protected=[*tensors.values()]) as sanitizer:
+        out = attend(case, tensors, "triton")
+    assert not sanitizer.findings
+    torch.testing.assert_close(out, attend(case, tensors, "reference"), atol=1e-10, rtol=1e-10)
+
+
+def test_pooling_inside_the_kernel_makes_no_coarse_map(monkeypatch):
+    case = Case("stage 4", 7, ((1, 7), (7, 1)), 7, 7, 1, 16, 1)
+    monkeypatch.setattr(ops, "_pool", None)  # would raise if called
+    attend(case, {name: x.detach() for name, x in make_tensors(case).items()}, "triton")
+
+
+def test_a_pass_of_its_own_pools_where_gradients_are_wanted(monkeypatch):
+    monkeypatch.setattr(ops, "pools_inline", lambda *_: pytest.fail("asked for the cost"))
+    check(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "inline"),
+    [(1, 1, False), (2, 1, True), (2, 8, False), (3, 8, True), (3, 64, False), (4, 512, True)],
+)
+def test_pooling_is_inside_the_kernel_where_a_region_holds_few_windows(stage, batch, inline):
+    side, region, heads = {1: (56, 7, 3), 2: (28, 5, 6), 3: (14, 3, 12), 4: (7, 1, 24)}[stage]
+    geometry = FocalGeometry(7, ((1, 7 if stage == 4 else 13), (7, region)))
+    assert launch.pools_inline(geometry, (batch, side, side, heads, 32)) is inline
