@@ -115,19 +115,7 @@ def test_softmax_does_not_see_a_constant_bias(backend):
     assert_same(run(CASE, tensors, backend, gradient), expected)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        *BACKENDS[:2],
-        pytest.param(
-            "triton",
-            marks=[
-                needs_interpreter,
-                pytest.mark.xfail(strict=True, reason="the bias times log2(e) overflows float16"),
-            ],
-        ),
-    ],
-)
+@EVERY_BACKEND
 @pytest.mark.parametrize("level", [-6e4, 6e4])
 def test_the_largest_biases_of_float16(backend, level):
     # In base 2 they are half as large again: beyond float16.
