@@ -48,8 +48,9 @@ def focal_attention(
         query, scale = query * scale, 1.0
     code = encode_geometry(geometry)
     settings = (code, scale, list(map_size), dropout_p, dropout_seed)
-    if _inline(query, key, value, bias, geometry, pooling):
-        return _pooling_attention(query, key, value, bias, *_pools(key, pooling), *settings)
+    inline = _inline(query, key, value, bias, geometry, pooling)
+    if inline:
+        return _pooling_attention(query, key, value, bias, *_pools(key, inline), *settings)
     pooled = []
     for level, entry in enumerate(pooling, start=1):
         if isinstance(entry, PooledMap):
@@ -75,19 +76,20 @@ def _inline(
     bias: Tensor,
     geometry: FocalGeometry,
     pooling: Sequence[Pooling | PooledMap],
-) -> bool:
-    """Whether the attention kernel pools the coarse levels itself.
+) -> list[Pooling]:
+    """The pooling of every coarse level if the attention kernel does it itself, else nothing.
 
     Backward reads the coarse maps: where a gradient is wanted, a pass of its own makes them.
     """
-    if not pooling or not all(isinstance(entry, Pooling) for entry in pooling):
-        return False
+    entries = [entry for entry in pooling if isinstance(entry, Pooling)]
+    if not entries or len(entries) < len(pooling):
+        return []
     tensors = [query, key, value, bias]
-    for entry in pooling:
+    for entry in entries:
         tensors += [x for x in vars(entry).values() if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    return pools_inline(geometry, query.shape)
+        return []
+    return entries if pools_inline(geometry, query.shape) else []
 
 
 def _pools(key: Tensor, pooling: Sequence[Pooling]) -> tuple[list[Tensor], ...]:

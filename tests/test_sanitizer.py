@@ -27,7 +27,7 @@ from sanitizer import Sanitizer  # noqa: E402
 from kernels import launch  # noqa: E402
 
 KERNELS = {
-    "forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "bias_gradient_kernel",
+    "forward_kernel", "delta_kernel", "gradient_kernel", "fold_keys_kernel", "fold_queries_kernel",
     "pool_kernel", "pool_backward_kernel",
 }  # fmt: skip
 SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=2, shift=1)
@@ -185,18 +185,24 @@ def test_attention_kernels_told_of_a_larger_map_are_found_to_overrun(monkeypatch
     monkeypatch.setattr(launch.Problem, "size", property(too_large))
     case = Case("overrun", 2, ((1, 4),), 3, 4, heads=1, batch=1)
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(case).findings}
-    for kernel in ("forward_kernel", "query_gradient_kernel", "bias_gradient_kernel"):
+    for kernel in ("forward_kernel", "gradient_kernel"):
         assert (kernel, "query", "read out of bounds") in found
-    assert ("forward_kernel", "out_ptr", "write out of bounds") in found
-    assert ("key_gradient_kernel", "grad_key_ptr", "write out of bounds") in found
+    assert ("delta_kernel", "grad_out", "read out of bounds") in found
+    for place in (
+        ("forward_kernel", "out_ptr"),
+        ("fold_keys_kernel", "grad_key_ptr"),
+        ("fold_queries_kernel", "grad_ptr"),
+    ):
+        assert (*place, "write out of bounds") in found
 
 
 def test_pooling_kernels_told_of_more_cells_are_found_to_overrun(monkeypatch):
-    cells = launch.PoolProblem.num_cells.func
     arguments = launch.PoolProblem.common_arguments
 
-    def too_many(problem: launch.PoolProblem):
-        return {**arguments(problem), "num_cells": cells(problem) + 1}
+    def too_many(problem: launch.PoolProblem, *maps: torch.Tensor):
+        right = arguments(problem, *maps)
+        size = right["size"]
+        return {**right, "size": size._replace(coarse_cells=size.coarse_cells + 1)}
 
     monkeypatch.setattr(launch.PoolProblem, "common_arguments", too_many)
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
@@ -212,5 +218,5 @@ def test_two_heads_that_write_one_place_are_found(monkeypatch):
 
     monkeypatch.setattr(launch.Problem, "size", property(one_head))
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
-    for place in (("forward_kernel", "out_ptr"), ("query_gradient_kernel", "grad_query_ptr")):
+    for place in (("forward_kernel", "out_ptr"), ("gradient_kernel", "query_part_ptr")):
         assert (*place, "two programs write different values") in found
