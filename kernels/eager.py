@@ -222,7 +222,7 @@ def _attention(
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values, bias)
     dropout = _dropout(dropout_p, dropout_seed, plan)
-    out = _zeros((1, *query.shape), query, query.dtype)
+    out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
@@ -309,9 +309,9 @@ def _attention_backward(
     low_precision = query.dtype in (torch.float16, torch.bfloat16)
     sum_dtype = torch.float32 if low_precision else query.dtype
     # Laid out as the projection to query, key and value is, whose gradient it then is as it stands.
-    grad_maps = _zeros((*query.shape[:3], 3, *query.shape[3:]), query, sum_dtype)
+    grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]), dtype=sum_dtype)
     sides = grad_maps.permute(3, 0, 1, 2, 4, 5)
-    grad_key_values = [sides[1:], *(_zeros(x.shape, x, sum_dtype) for x in key_values[1:])]
+    grad_key_values = [sides[1:], *(x.new_empty(x.shape, dtype=sum_dtype) for x in key_values[1:])]
     grad_bias = torch.zeros_like(bias, dtype=sum_dtype)
     query_sums = Gathered([sides[:1]], [plan.queries], plan.loaded)
     key_value_sums = Gathered(grad_key_values, plan.levels, plan.loaded)
@@ -358,10 +358,6 @@ def _attention_backward(
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:
     return torch.baddbmm(out, left, right, beta=0.0, alpha=scale, out=out)
-
-
-def _zeros(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 @_attention_backward.register_fake

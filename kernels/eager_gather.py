@@ -70,15 +70,15 @@ class Gathered:
         return gathered.flatten(1, 4)
 
     def start_sum(self, images: slice) -> None:
-        """Take up images to be added to; the maps are zeros there."""
+        """Take up images to be added to; what the maps hold there is lost."""
         self._windows = []
         for target, patch, buffer in self._levels:
             if buffer is None:
                 unrolled = patch.unroll(target[:, images], None)
             else:
                 unrolled = buffer[:, : images.stop - images.start]
-                if patch.overlap:
-                    unrolled.zero_()
+            if patch.overlap:  # otherwise each place is stored, not added to
+                unrolled.zero_()
             self._windows.append(patch.windows(unrolled))
 
     def add(self, band: Band, images: slice, tokens: Tensor) -> None:

@@ -66,8 +66,15 @@ class Patches:
         return buffer
 
     def roll_up(self, unrolled: Tensor, into: Tensor) -> None:
-        """Add what `unroll` spread back into a map of zeros: its transpose."""
-        for piece, place in self._pieces(into):
+        """Sum what `unroll` spread back into a map, whatever it held: the transpose."""
+        pieces = list(self._pieces(into))
+        whole = [piece.numel() == into.numel() for piece, _ in pieces]
+        if True in whole:  # the map itself, between its borders
+            piece, place = pieces.pop(whole.index(True))
+            piece.copy_(_at(unrolled, place))
+        else:
+            into.zero_()
+        for piece, place in pieces:
             piece += _at(unrolled, place)
 
     def _pieces(self, source: Tensor) -> Iterator[tuple[Tensor, tuple[slice, slice]]]:

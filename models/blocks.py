@@ -19,6 +19,10 @@ from models.layers import ConvEmbed, Mlp, part_size, runs_eagerly_on_cpu
 
 __all__ = ["FocalBlock", "FocalStage"]
 
+# Elements of query, key and value that images taken together may have: 16 MiB in float32. Attention
+# works through them in smaller steps itself, and sets up anew each time it is called.
+PART_SIZE = 2**22
+
 
 class FocalBlock(nn.Module):
     """Focal attention and an MLP, each in a residual branch.
@@ -68,7 +72,7 @@ class FocalBlock(nn.Module):
     def _by_images(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
         tokens = height * width
-        images = part_size(batch * tokens, 3 * dim, unit=tokens) // tokens
+        images = part_size(batch * tokens, 3 * dim, unit=tokens, size=PART_SIZE) // tokens
         out = torch.empty_like(x)
         for some, result in zip(x.split(images), out.split(images), strict=True):
             torch.add(some, self._attend(some), out=result)
