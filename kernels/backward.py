@@ -336,6 +336,7 @@ def launch_backward(
     tile, shape = plan.tile, plan.shape
     windows, heads = problem.num_windows, query.shape[3]
     common = {"size": problem.size, "S": shape, "ACC_TYPE": acc_type(query.dtype)}
+    options = problem.options(tile)
     delta = stats.new_empty(stats.shape[:3] + stats.shape[4:])
     inputs = {
         "query": token_map(query),
@@ -354,7 +355,7 @@ def launch_backward(
         **inputs,
         out_ptr=out,
         BLOCK_M=tile.block_m,
-        num_warps=tile.num_warps,
+        **options,
     )
     query_part, key_part, value_part = plan.workspace(query)
     bias_part = stats.new_zeros(plan.groups, *bias.shape)
@@ -375,8 +376,7 @@ def launch_backward(
                 level_start=part.start,
                 L=part.level,
                 BLOCK_M=tile.block_m,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **options,
             )
             grad_k, grad_v = (grad_key, grad_value) if part.level.fine else grad_coarse
             fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](

@@ -180,7 +180,6 @@ def launch_forward(
         S=shape,
         BLOCK_M=tile.block_m,
         ACC_TYPE=acc_type(query.dtype),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **problem.options(tile),
     )
     return out, stats

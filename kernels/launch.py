@@ -167,6 +167,15 @@ class Problem:
         target = device_target(self.coarse_key.device)
         return pick_tile(kernel, self.query_shape[4], self.dtype, self.geometry.num_queries, target)
 
+    def options(self, tile: Tile) -> dict[str, int]:
+        """A kernel's options for the compiler."""
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if device_target(self.coarse_key.device).startswith("gfx"):
+            # AMD's matrix instructions are 32 or 16 rows high: four warps share 64 rows only by 16,
+            # and would make every product twice by 32.
+            options["matrix_instr_nonkdim"] = 16
+        return options
+
     def shape(self, levels: tuple[Level, ...], block_m: int, *maps: Tensor) -> Shape:
         """Compile-time settings.
 
