@@ -327,7 +327,8 @@ def _positive(kind: type, text: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command-line entry."""
     options = parse(arguments)
-    console, progress = Console(), Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 110)  # in a file, whole rows
+    progress = Console(stderr=True)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = [
