@@ -57,11 +57,16 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """What every data source has: image side in pixels and the number of loading processes."""
+    """What every data source has.
+
+    With `repeated_aug` above 1 each image stands that many times in its global batch, each time
+    augmented anew, and an epoch sees as many times fewer images: its length stays.
+    """
 
     name: str = MISSING
-    img_size: int = MISSING
-    num_workers: int = 0
+    img_size: int = MISSING  # side of the images, pixels
+    num_workers: int = 0  # loading processes
+    repeated_aug: int = 1
 
 
 @dataclass
@@ -75,10 +80,13 @@ class DigitsConfig(DataConfig):
 
 
 @dataclass
-class ImageFolderConfig(DataConfig):
-    """ImageNet's layout, `root/train/<class>/*` and `root/val/<class>/*`; timm's transforms."""
+class ImageConfig(DataConfig):
+    """What every source of stored images has: timm's transforms and what damage it bears.
 
-    root: str = MISSING
+    An image that cannot be decoded is named and left out; more than `max_broken` of them end the
+    run.
+    """
+
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"
@@ -89,6 +97,56 @@ class ImageFolderConfig(DataConfig):
     auto_augment: str | None = None  # a timm policy, such as rand-m9-mstd0.5-inc1
     erase_prob: float = 0.0
     erase_mode: str = "pixel"
+    max_broken: int = 10
+
+
+@dataclass
+class ImageFolderConfig(ImageConfig):
+    """ImageNet's layout, `root/train/<class>/*` and `root/val/<class>/*`."""
+
+    root: str = MISSING
+
+
+@dataclass
+class HuggingFaceConfig(ImageConfig):
+    """A data set of the Hugging Face `datasets` library, memory-mapped.
+
+    `path` is a folder (from `save_to_disk`, or of parquet files or images) or a name on the Hub,
+    which is looked up in the local cache alone unless `download` is true.
+    """
+
+    path: str = MISSING
+    subset: str | None = None  # the configuration, where a data set has several
+    train_split: str = "train"
+    val_split: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+    download: bool = False
+
+
+@dataclass
+class WebDatasetConfig(ImageConfig):
+    """Local WebDataset shards; `train` and `val` are patterns such as `DIR/train-{0000..0146}.tar`.
+
+    Extensions name the parts of a sample: the image has one of `image_keys`, the label, a whole
+    number as text, has `label_key`.
+    """
+
+    train: str = MISSING
+    val: str = MISSING
+    image_keys: list[str] = field(default_factory=lambda: ["jpg", "jpeg", "png", "webp"])
+    label_key: str = "cls"
+    num_classes: int | None = None  # None: the largest training label + 1
+    index_dir: str | None = None  # keeps what a start reads of the shards; None: read each time
+
+
+@dataclass
+class TorchvisionConfig(ImageConfig):
+    """A data set built into torchvision, under `root` in torchvision's layout."""
+
+    dataset: str = MISSING
+    root: str = MISSING
+    download: bool = False
 
 
 @dataclass
@@ -173,6 +231,7 @@ class TrainerConfig:
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     ema_decay: float | None = None  # evaluate and keep the moving average of the weights
+    freeze_backbone: bool = False  # train the classifier alone, as in linear evaluation
     seed: int = 0
     deterministic: bool = False
     precision: str = "32-true"  # or bf16-mixed, 16-mixed; auto: bf16-mixed where it is fast
@@ -220,6 +279,9 @@ SCHEMAS: dict[str, type] = {
     "model/timm": ModelConfig,
     "data/digits": DigitsConfig,
     "data/imagefolder": ImageFolderConfig,
+    "data/huggingface": HuggingFaceConfig,
+    "data/webdataset": WebDatasetConfig,
+    "data/torchvision": TorchvisionConfig,
     "data/synthetic": SyntheticConfig,
     "optimizer/adamw": AdamWConfig,
     "optimizer/sgd": SGDConfig,
