@@ -137,7 +137,8 @@ def delta_kernel(
     tl.store(delta_ptr + row_id * S.num_queries + m, delta, mask=m < S.num_queries)
 
 
-@triton.jit
+# Numbers that change from round to round must not make a compiled kernel each.
+@triton.jit(do_not_specialize=["first_item", "num_items", "items_per_program"])
 def gradient_kernel(
     query, key, value, grad_out, coarse_k_ptr, coarse_v_ptr, bias_ptr, stats_ptr, delta_ptr,
     query_part_ptr, key_part_ptr, value_part_ptr, bias_part_ptr, seed_ptr, size,
@@ -209,7 +210,7 @@ def gradient_kernel(
     tl.store(sum_ptr, d_bias, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_item"])
 def fold_queries_kernel(
     part_ptr, grad_ptr, size, first_item,
     S: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
@@ -240,7 +241,7 @@ def wrap_window(at, count, S: tl.constexpr):
     return (at % count + count) % count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_batch"])
 def fold_keys_kernel(
     key_part_ptr, value_part_ptr, grad_key_ptr, grad_value_ptr, size, first_batch, count,
     level_start,
