@@ -174,6 +174,12 @@ def validate(config: Config) -> None:
         config.finetune,
     )
     _require(
+        config.finetune != "" or bool(config.resume),
+        "finetune",
+        "name the file of weights that this experiment starts from",
+        config.finetune,
+    )
+    _require(
         bool(config.resume or config.finetune) or not config.eval_only,
         "resume or finetune",
         "name the weights to evaluate when eval_only is true",

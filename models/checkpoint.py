@@ -26,7 +26,7 @@ __all__ = ["convert_official", "from_swin", "load_weights"]
 
 # What a model with other levels, or another number of classes, has or lacks.
 _LEVEL_PARAMETERS = re.compile(r"\.attn\.(bias\.ring$|bias\.coarse\.|pools\.)")
-_HEAD = "head."
+_HEAD = ("head.", "fc.")
 
 
 def convert_official(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +98,8 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> list[str]:
     under ``"model"`` or ``"state_dict"``.
 
     Args:
-        model: A `FocalTransformer`; unchanged if an error is raised.
+        model: A `FocalTransformer`, or a model of timm for a file of its own names; unchanged if an
+            error is raised.
         path: A ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file.
 
     Returns:
@@ -111,7 +112,8 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> list[str]:
     path = Path(path)
     try:
         state_dict = _unwrap(_read(path))
-        if any(name.endswith(".attn.bias.window") for name in state_dict):
+        own = state_dict.keys() == model.state_dict().keys()  # of any model of timm
+        if own or any(name.endswith(".attn.bias.window") for name in state_dict):
             fitted, notes = _fit(state_dict, model, strict=True)
         elif is_swin(state_dict):
             fitted, notes = _fit(rename_swin(state_dict), model, strict=False)

@@ -36,8 +36,15 @@ CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
 
 
 def overrides_of(choice: str) -> list[str]:
-    extra = "data.root=x" if choice.startswith("experiment=imagenet/") else NEEDED.get(choice)
-    return [choice] + ([extra] if extra else [])
+    """The choice with what its opening comment says to give."""
+    if choice in NEEDED:
+        return [choice, NEEDED[choice]]
+    overrides = [choice]
+    if choice.startswith("experiment="):
+        path = FOLDER / "experiment" / f"{choice.removeprefix('experiment=')}.yaml"
+        command = path.read_text().splitlines()[1]
+        overrides += [f"{key}=x" for key in ("data.root", "finetune") if f" {key}=" in command]
+    return overrides
 
 
 @pytest.mark.parametrize("choice", CHOICES)

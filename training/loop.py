@@ -141,7 +141,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, run_dir: Path, reporter: Reporter) -> dict[str, float]:
         """Run the steps of `epoch` that are left and return its training metrics."""
         settings = self.settings
-        self.wrapped.train()
+        self.wrapped.train(not settings.freeze_backbone)  # frozen features are those of evaluation
         self.batches.set_position(epoch, self.step * settings.accumulate)
         batches = iter(self.train_batches)
         reporter.start_training(epoch)

@@ -1,7 +1,7 @@
 """From the model configuration to a model that fits the data."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -48,6 +48,12 @@ def build_model(config: ModelConfig, data: ImageData, *, seed: int) -> nn.Module
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"model {config.name} cannot be built: {error}") from error
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave the classifier alone trainable: linear evaluation of the features before it."""
+    model.requires_grad_(False)
+    cast(nn.Module, model.get_classifier()).requires_grad_(True)  # type: ignore[operator]
 
 
 def attention_backend(model: nn.Module, device: torch.device, precision: str) -> str | None:

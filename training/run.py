@@ -18,7 +18,7 @@ from data import build
 from training import checkpoint
 from training.console import RunConsole
 from training.loop import Trainer
-from training.model import attention_backend, build_model
+from training.model import attention_backend, build_model, freeze_backbone
 from training.records import Records, read_history
 from training.reporting import Reporter
 
@@ -50,6 +50,8 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     backend = attention_backend(model, fabric.device, precision)
     if config.finetune:
         _load_weights(model, config.finetune, console)
+    if config.trainer.freeze_backbone:
+        freeze_backbone(model)
     fabric.launch()
 
     trainer = Trainer(config, fabric=fabric, model=model, data=data)
