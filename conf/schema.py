@@ -246,6 +246,22 @@ class TrainerConfig:
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     checkpoint_every: int | None = None  # optimiser steps between saves inside an epoch
     log_every: int = 10  # optimiser steps between records
+    profile: int | None = None  # optimiser steps to trace, after three without
+
+
+@dataclass
+class DistillationConfig:
+    """A timm teacher whose predictions the model learns beside the labels.
+
+    The loss is (1 − `alpha`) · cross entropy + `alpha` · `temperature`² · the Kullback-Leibler
+    divergence of the two softened predictions.
+    """
+
+    teacher: str | None = None  # a timm model name; None: no distillation
+    weights: str | None = None  # the teacher's weights: .safetensors, .pth or a best.ckpt
+    temperature: float = 1.0
+    alpha: float = 0.5
+    kwargs: dict[str, Any] = field(default_factory=dict)  # options of the teacher
 
 
 @dataclass
@@ -260,7 +276,11 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """The whole configuration. `resume` continues a run; `finetune` starts one from weights."""
+    """The whole configuration.
+
+    `resume` continues a run: "auto" that of the run folder, if it holds one, or a folder, or a
+    checkpoint file. `finetune` starts one from weights.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -268,6 +288,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     name: str = "${model.name}"  # the folder under outputs/ and the Weights & Biases group
     resume: str | None = None
     finetune: str | None = None

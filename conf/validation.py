@@ -11,6 +11,7 @@ from conf.schema import (
     Config,
     ConfigError,
     DigitsConfig,
+    DistillationConfig,
     ImageFolderConfig,
     ModelConfig,
     OptimizerConfig,
@@ -127,6 +128,7 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         "eval_every",
         "checkpoint_every",
         "log_every",
+        "profile",
     ):
         _positive(f"trainer.{name}", getattr(trainer, name))
     for name in ("label_smoothing", "mixup_prob", "mixup_switch_prob", "ema_decay"):
@@ -155,6 +157,17 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         )
 
 
+def _validate_distillation(distillation: DistillationConfig) -> None:
+    _positive("distillation.temperature", distillation.temperature)
+    _fraction("distillation.alpha", distillation.alpha)
+    _require(
+        (distillation.teacher is None) == (distillation.weights is None),
+        "distillation.weights",
+        f"be set if and only if distillation.teacher is ({distillation.teacher})",
+        distillation.weights,
+    )
+
+
 def validate(config: Config) -> None:
     """Check every value of the configuration against its rule.
 
@@ -166,12 +179,20 @@ def validate(config: Config) -> None:
     _validate_optimizer(config.optimizer)
     _validate_trainer(config.trainer)
     _validate_schedule(config.schedule, config.trainer)
+    _validate_distillation(config.distillation)
     _one_of("logger.mode", config.logger.mode, WANDB_MODES)
+    # "auto" starts from the weights the first time and continues when it is started again.
     _require(
-        not (config.resume and config.finetune),
+        not (config.resume and config.finetune) or config.resume == "auto",
         "finetune",
-        "be unset when resume is set",
+        "be unset when resume is set, unless to auto",
         config.finetune,
+    )
+    _require(
+        not (config.resume == "auto" and config.eval_only),
+        "resume",
+        "name a folder or a file when eval_only is true",
+        config.resume,
     )
     _require(
         config.finetune != "" or bool(config.resume),
