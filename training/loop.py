@@ -12,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from conf.schema import Config, ConfigError
-from data import ImageData, eval_loader, train_loader
+from data import BrokenImages, ImageData, eval_loader, train_loader
 from data.loading import TrainBatches
 from data.seeding import STEP, derive_seed, seed_global
 from training import checkpoint
@@ -56,7 +56,9 @@ class Trainer:
                 f"{settings.accumulate} · {fabric.world_size}"
             )
         shard: dict[str, Any] = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        self.broken = BrokenImages(data.max_broken)
         loading: dict[str, Any] = {
+            "broken": self.broken,
             "num_workers": config.data.num_workers,
             "pin_memory": fabric.device.type == "cuda",
         }
@@ -65,6 +67,7 @@ class Trainer:
             settings.batch_size,
             seed=settings.seed,
             limit=self.steps_per_epoch * settings.accumulate,
+            repeats=config.data.repeated_aug,
             **shard,
         )
         self.train_batches = train_loader(data.train, self.batches, **loading)
@@ -161,6 +164,7 @@ class Trainer:
                 self._save(run_dir / "last.ckpt", reporter.wandb_id)
         train = self.epoch_metrics.compute()
         self.epoch_metrics.reset()
+        train["broken_images"] = self.broken.gather()
         return train
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> torch.Tensor | None:
@@ -223,6 +227,7 @@ class Trainer:
             with self.fabric.autocast():
                 logits = model(images)
             self.val_metrics.update(cross_entropy(logits, targets), logits, targets)
+        self.broken.gather()  # over its limit a run ends here
         return self.val_metrics.compute()
 
     def _save(self, path: Path, wandb_id: str | None) -> None:
