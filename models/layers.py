@@ -62,6 +62,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = Fal
     return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
+@torch.library.custom_op("focal::cpu_linear", mutates_args=())
+def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_product` for a compiler, which knows oneDNN's for constant weights alone."""
+    return _product(x, weight, bias)
+
+
+@_opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(weight)))
+
+
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
     """Whether to work in parts: a compiler plans memory itself, a GPU wants large products."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -143,8 +154,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if torch.is_grad_enabled() or not runs_eagerly_on_cpu(x) or not _is_exact(x):
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not _is_exact(x):
             return super().forward(x)
+        if torch.compiler.is_compiling():
+            return _opaque_product(x, self.weight, self.bias)
         return _product(x, self.weight, self.bias)
 
 

@@ -75,3 +75,14 @@ def test_gradients_side_by_side_are_not_copied():
         (got,) = torch.autograd.grad(_Unbind.apply(qkv), qkv, grads)
         torch.testing.assert_close(got, torch.stack(tuple(grads), dim=3), atol=0.0, rtol=0.0)
         assert (got.data_ptr() == whole.data_ptr()) == (grads is parts)
+
+
+def test_a_compiled_linear_layer_gives_the_same():
+    layer = layers.Linear(6, 10)
+    x = torch.randn(3, 4, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+    arguments = (x, layer.weight.detach(), layer.bias.detach())
+    torch.library.opcheck(torch.ops.focal.cpu_linear.default, arguments)
+    torch.library.opcheck(torch.ops.focal.cpu_linear.default, (*arguments[:2], None))
