@@ -4,8 +4,16 @@ A new source is one file here with a `build_*` function, one dataclass in `conf/
 YAML file in `conf/data/` and one line in `data/sources.py`.
 """
 
-from data.base import ImageData
+from data.base import BrokenImageError, ImageData
+from data.broken import BrokenImages
 from data.loading import eval_loader, train_loader
 from data.sources import build
 
-__all__ = ["ImageData", "build", "eval_loader", "train_loader"]
+__all__ = [
+    "BrokenImageError",
+    "BrokenImages",
+    "ImageData",
+    "build",
+    "eval_loader",
+    "train_loader",
+]

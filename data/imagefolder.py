@@ -1,41 +1,22 @@
 """Images in ImageNet's folder layout, `root/train/<class>/*` and `root/val/<class>/*`.
 
-Labels follow the sorted class names. Transforms are timm's: random resized crop, flip, colour
-jitter or an automatic policy and random erasing for training; resize and centre crop otherwise.
+Labels follow the sorted class names.
 """
 
 import os
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-from timm.data.transforms_factory import create_transform
 from torchvision.datasets import ImageFolder
 
 from conf.schema import ConfigError, ImageFolderConfig
 from data.base import ImageData
+from data.images import eval_transform, image_data, load_rgb, shown, train_transform
 
 LAYOUT = "root/train/<class>/<image> and root/val/<class>/<image>"
 
 
-def load_rgb(path: str) -> Image.Image:
-    """Decode one image as RGB.
-
-    Raises:
-        RuntimeError: The file is not an image that can be decoded; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise RuntimeError(f"cannot decode the image {path}: {error}") from error
-
-
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
 
 
 def check_layout(root: Path) -> list[str]:
@@ -51,7 +32,7 @@ def check_layout(root: Path) -> list[str]:
     if missing:
         raise ConfigError(
             f"data.root must hold {LAYOUT}; {root} has no {' and no '.join(missing)} folder, "
-            f"it holds {_shown(found) or 'no folders'}"
+            f"it holds {shown(found) or 'no folders'}"
         )
     classes = {split: _subfolders(root / split) for split in ("train", "val")}
     for split, names in classes.items():
@@ -63,7 +44,7 @@ def check_layout(root: Path) -> list[str]:
         differing = sorted(set(classes["train"]) ^ set(classes["val"]))
         raise ConfigError(
             f"{root}/train and {root}/val must hold the same classes; only in one: "
-            f"{_shown(differing)}"
+            f"{shown(differing)}"
         )
     return classes["train"]
 
@@ -76,36 +57,9 @@ def build_imagefolder(config: ImageFolderConfig) -> ImageData:
     """
     root = Path(config.root).expanduser()
     classes = check_layout(root)
-    mean, std = tuple(config.mean), tuple(config.std)
-    train_transform = create_transform(
-        config.img_size,
-        is_training=True,
-        scale=(config.min_crop_area, 1.0),
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        mean=mean,
-        std=std,
-        re_prob=config.erase_prob,
-        re_mode=config.erase_mode,
-    )
-    val_transform = create_transform(
-        config.img_size,
-        interpolation="bicubic" if config.interpolation == "random" else config.interpolation,
-        mean=mean,
-        std=std,
-        crop_pct=config.crop_pct,
-    )
     try:
-        train = ImageFolder(str(root / "train"), train_transform, loader=load_rgb)
-        val = ImageFolder(str(root / "val"), val_transform, loader=load_rgb)
+        train = ImageFolder(str(root / "train"), train_transform(config), loader=load_rgb)
+        val = ImageFolder(str(root / "val"), eval_transform(config), loader=load_rgb)
     except FileNotFoundError as error:  # names the class folders without images
         raise ConfigError(f"data.root must hold {LAYOUT}; in {root}: {error}") from error
-    return ImageData(
-        train=train,
-        val=val,
-        class_names=tuple(classes),
-        in_chans=3,
-        img_size=config.img_size,
-    )
+    return image_data(config, train, val, classes)
