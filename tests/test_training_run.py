@@ -67,7 +67,8 @@ def test_a_run_leaves_its_configuration_metrics_curves_and_checkpoints(
     folder = tmp_path / "run"
     result = train(folder)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "curves.png", "last.ckpt", "best.ckpt"}
+    checkpoints = {"last.ckpt", "last.1.ckpt", "best.ckpt"}
+    assert names == {"config.yaml", "metrics.jsonl", "curves.png", ".lock"} | checkpoints
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["model"]["depths"] == [1, 1]
     assert saved["name"] == "focal_micro"
@@ -276,7 +277,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path) -> None:
         (["trainer.accelerator=cuda"], r"trainer\.accelerator=cuda .* cannot be had here"),
         (["trainer.precision=16-mixed"], r"trainer\.precision must be .* on a CPU"),
         (["finetune=nowhere.pth"], r"finetune: .*nowhere\.pth"),
-        (["resume=nowhere.ckpt"], r"resume must name a checkpoint, got nowhere\.ckpt"),
+        (["resume=nowhere.ckpt"], r"resume must name .*cannot read nowhere\.ckpt: no such file"),
     ],
 )
 def test_a_setting_that_does_not_suit_is_named_before_anything_is_written(

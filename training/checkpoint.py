@@ -1,71 +1,185 @@
-"""Checkpoints of a run: written atomically, read without executing code.
+"""Checkpoint files: written atomically with a checksum, read without executing code.
 
-`last.ckpt` holds everything that continuing needs: weights, their moving average, optimiser, loss
-scaler, position, metrics so far and the Weights & Biases run id. Learning rate, sample order,
-augmentation and dropout are functions of the position and the seed (see `data.seeding`), so no
-generator state is stored. `best.ckpt` holds the evaluated weights alone.
+A file is what `torch.save` writes, a zip archive, with the SHA-256 of its bytes as the archive's
+comment: any reader of PyTorch files can open it, and one file has one checksum, with no second file
+that a crash could leave behind. The checksum tells damage; that a file cannot run code is the work
+of `weights_only=True`, which reads tensors and plain containers and nothing else.
 """
 
+import hashlib
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from conf.schema import ConfigError
 
 FORMAT = "focal-transformer-run"
-VERSION = 1
+VERSION = 2
+LAST, PREVIOUS, BEST = "last.ckpt", "last.1.ckpt", "best.ckpt"
+
+_LABEL = b"sha256:"
+_COMMENT_SIZE = len(_LABEL) + 64
+# A zip archive ends with the length of its comment, two bytes, and the comment.
+_SIZE_FIELD, _NO_COMMENT = _COMMENT_SIZE.to_bytes(2, "little"), b"\0\0"
+_CHUNK = 1 << 20
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` so that `path` is always a whole file: the old one or the new one.
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+class _Writer:
+    """A file that counts what `torch.save` gives it into a checksum.
+
+    PyTorch turns an error of the file into one of its own that hides the reason: it is kept here.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close_archive(self) -> None:
+        """Put the checksum where the archive says that it has no comment."""
+        self.file.seek(-len(_NO_COMMENT), os.SEEK_END)
+        self.file.write(_SIZE_FIELD + _LABEL + self.sha256.hexdigest().encode())
+
+
+def _temporary(path: Path) -> Path:
+    # One name, not one for each process: what a killed process leaves, the next save overwrites.
+    return path.with_name(f"{path.name}.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Write `content` so that a crash at any moment leaves a whole file.
 
     Args:
         path: Where to write; its folder must exist.
         content: Tensors and plain Python containers.
+        previous: Where to keep the file that is replaced; None: nowhere.
+
+    Raises:
+        OSError: The file cannot be written; `path` and `previous` are as they were.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+        with open(temporary, "w+b") as file:
+            writer = _Writer(file)
+            try:
+                torch.save(
+                    {"format": FORMAT, "version": VERSION, **content}, cast(BinaryIO, writer)
+                )
+            except RuntimeError as error:
+                if writer.error is None:
+                    raise
+                raise writer.error from error
+            writer.close_archive()
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)  # a crash here leaves `previous`, which `load_first` finds
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself durable
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the unfinished files of a process that was killed while saving."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _verify(path: Path) -> None:
+    """Compare the file's bytes with its checksum."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        left = size - len(_SIZE_FIELD) - _COMMENT_SIZE
+        while left > 0:
+            chunk = file.read(min(left, _CHUNK))
+            if not chunk:
+                break
+            sha256.update(chunk)
+            left -= len(chunk)
+        end = file.read()
+    sha256.update(_NO_COMMENT)
+    label = _SIZE_FIELD + _LABEL
+    if not end.startswith(label):
+        raise CheckpointError(
+            f"cannot read {path}: no checksum at its end, so it is cut off or not a last.ckpt or "
+            "best.ckpt of this program; to start from other weights use finetune"
+        )
+    if end != label + sha256.hexdigest().encode():
+        raise CheckpointError(f"cannot read {path}: altered, its SHA-256 does not match")
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; code in the file is refused, never run.
 
     Raises:
-        ConfigError: The file is missing, damaged or no checkpoint of this program.
+        CheckpointError: The file is missing, cut off, altered or no checkpoint of this program.
     """
     if not path.is_file():
-        raise ConfigError(f"resume must name a checkpoint, got {path}: no such file")
+        raise CheckpointError(f"cannot read {path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _verify(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ConfigError(
-            f"resume must name a whole checkpoint, cannot read {path}: {error}"
-        ) from error
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ConfigError(
-            f"resume must name a last.ckpt or best.ckpt of this program, got {path}; "
-            "to start from other weights use finetune"
+        raise CheckpointError(
+            f"cannot read {path}: not a last.ckpt or best.ckpt of this program; to start from "
+            "other weights use finetune"
         )
     if content["version"] != VERSION:
-        raise ConfigError(
-            f"resume must name a checkpoint of version {VERSION}, {path} has {content['version']}"
+        raise CheckpointError(
+            f"cannot read {path}: its version must be {VERSION}, got {content['version']}"
         )
     return content
+
+
+def load_first(paths: Sequence[Path]) -> tuple[dict[str, Any], Path, list[str]]:
+    """Read the first of `paths` that is good.
+
+    Returns:
+        The content, its path, and for each file before it why it was passed over.
+
+    Raises:
+        CheckpointError: None is good; gives the reason for each.
+    """
+    faults: list[str] = []
+    for path in paths:
+        try:
+            return load(path), path, faults
+        except CheckpointError as error:
+            faults.append(str(error))
+    raise CheckpointError(f"resume must name a whole checkpoint: {'; '.join(faults)}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

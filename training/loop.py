@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from lightning_fabric import Fabric
+from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -15,10 +16,13 @@ from conf.schema import Config, ConfigError
 from data import BrokenImages, ImageData, eval_loader, train_loader
 from data.loading import TrainBatches
 from data.seeding import STEP, derive_seed, seed_global
-from training import checkpoint
+from training.distillation import Teacher
 from training.metrics import ClassificationMetrics, cross_entropy
 from training.optimization import build_mixup, build_optimizer, build_schedule, learning_rate
+from training.profiling import SKIPPED, WARMUP, StepProfiler
 from training.reporting import Reporter
+from training.saving import Saver
+from training.signals import RunStopped, StopSignals, shield_worker
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -33,7 +37,8 @@ class Trainer:
         data: What to train and evaluate on.
 
     Raises:
-        ConfigError: The training set is smaller than one global batch.
+        ConfigError: The training set is smaller than one global batch, the run is too short for
+            the profiler, or the teacher cannot be built.
     """
 
     def __init__(
@@ -75,6 +80,15 @@ class Trainer:
             data.val, settings.eval_batch_size or settings.batch_size, **shard, **loading
         )
 
+        for batches in (self.train_batches, self.val_batches):
+            batches.loader.worker_init_fn = shield_worker
+        untraced = SKIPPED + WARMUP
+        if settings.profile is not None and settings.profile + untraced > self.total_steps:
+            raise ConfigError(
+                f"trainer.profile must leave {untraced} of the run's {self.total_steps} optimiser "
+                f"steps untraced, got {settings.profile}"
+            )
+
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         lr = learning_rate(config.optimizer, self.global_batch)
@@ -92,12 +106,19 @@ class Trainer:
         self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
         self.ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
 
+        self.teacher: Teacher | None = None
+        if config.distillation.teacher is not None:
+            self.teacher = Teacher(config.distillation, data).to(fabric.device)
+
         self.epoch_metrics = ClassificationMetrics(data.num_classes, fabric.device)
         self.interval_metrics = ClassificationMetrics(data.num_classes, fabric.device)
         self.val_metrics = ClassificationMetrics(data.num_classes, fabric.device)
         self.epoch = 0  # epochs finished
         self.step = 0  # optimiser steps finished in the current epoch
         self.best: dict[str, float] | None = None
+        self.signals = StopSignals()
+        self._losses: list[torch.Tensor] = []  # of the micro-batches since the last check
+        self._run_dir = Path()
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -122,27 +143,26 @@ class Trainer:
 
         Raises:
             FloatingPointError: The loss stopped being finite.
+            NotSavedError: The end of the run could not be saved.
+            RunStopped: A signal came; the state is saved.
         """
-        for epoch in range(self.epoch, self.settings.epochs):
-            train = self._train_epoch(epoch, run_dir, reporter)
-            self.epoch, self.step = epoch + 1, 0
-            due = self.epoch % self.settings.eval_every == 0
-            val = None
-            if due or self.epoch == self.settings.epochs:
-                reporter.start_evaluation()
-                val = self.evaluate()
-            improved = val is not None and (self.best is None or val["top1"] > self.best["top1"])
-            if val is not None and improved:
-                self.best = {**val, "epoch": self.epoch}
-            reporter.epoch(self.epoch, self.global_step, train, val)
-            self._save(run_dir / "last.ckpt", reporter.wandb_id)
-            if improved:
-                self._save_weights(run_dir / "best.ckpt")
+        self._run_dir = run_dir
+        saver = Saver(self, run_dir, reporter)
+        profiler = None
+        if self.settings.profile is not None and self.fabric.is_global_zero:
+            profiler = StepProfiler(self.settings.profile, run_dir, reporter.console.line)
+        with self.signals, profiler or nullcontext():
+            for epoch in range(self.epoch, self.settings.epochs):
+                self._train_epoch(epoch, saver, reporter, profiler)
+                self._finish_epoch(epoch + 1, saver, reporter)
+        saver.finish()
         assert self.best is not None  # the last epoch is always evaluated
         return self.best
 
-    def _train_epoch(self, epoch: int, run_dir: Path, reporter: Reporter) -> dict[str, float]:
-        """Run the steps of `epoch` that are left and return its training metrics."""
+    def _train_epoch(
+        self, epoch: int, saver: Saver, reporter: Reporter, profiler: StepProfiler | None
+    ) -> None:
+        """Run the steps of `epoch` that are left."""
         settings = self.settings
         self.wrapped.train(not settings.freeze_backbone)  # frozen features are those of evaluation
         self.batches.set_position(epoch, self.step * settings.accumulate)
@@ -153,36 +173,73 @@ class Trainer:
             grad_norm = self._optimizer_step(batches)
             self.step += 1
             reporter.advance(self.global_batch)
+            if profiler is not None:
+                profiler.step()
             done = self.step == self.steps_per_epoch
             if self.global_step % settings.log_every == 0 or done:
                 self._record(grad_norm, reporter)
             elif reporter.nothing_shown:
                 reporter.show(self.interval_metrics.compute())
+            self._stop_if_asked(done, saver)
             every = settings.checkpoint_every
             # The end of an epoch is saved after its evaluation.
             if every is not None and self.global_step % every == 0 and not done:
-                self._save(run_dir / "last.ckpt", reporter.wandb_id)
+                saver.save()
+
+    def _finish_epoch(self, epoch: int, saver: Saver, reporter: Reporter) -> None:
+        """Evaluate if it is time, report and save; `epoch` are finished then."""
         train = self.epoch_metrics.compute()
-        self.epoch_metrics.reset()
         train["broken_images"] = self.broken.gather()
-        return train
+        val = None
+        if epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs:
+            reporter.start_evaluation()
+            found = dict(self.broken.found)
+            val = self.evaluate()
+            if val is None:  # it is done again, from its beginning
+                self.broken.found = found
+                self._stop(saver, self.signals.received)
+        self.epoch_metrics.reset()
+        self.epoch, self.step = epoch, 0
+        improved = val is not None and (self.best is None or val["top1"] > self.best["top1"])
+        if val is not None and improved:
+            self.best = {**val, "epoch": epoch}
+        reporter.epoch(epoch, self.global_step, train, val)
+        saver.save(improved=improved)
+
+    def _stop_if_asked(self, done: bool, saver: Saver) -> None:
+        """End the run if a signal has come; several processes agree on it where they meet."""
+        asked = self.signals.received or 0
+        if self.fabric.world_size > 1:
+            if self.global_step % self.settings.log_every and not done:
+                return
+            mine = torch.tensor(asked, device=self.fabric.device)
+            asked = int(cast(torch.Tensor, self.fabric.all_reduce(mine, reduce_op="max")))
+        if asked:
+            self._stop(saver, asked)
+
+    def _stop(self, saver: Saver, number: int | None) -> NoReturn:
+        """Save and end the run because of the signal `number`."""
+        saver.save()
+        raise RunStopped(number, first=self.fabric.is_global_zero)
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> torch.Tensor | None:
         """One optimiser step over `accumulate` micro-batches; returns the gradient's norm."""
         settings = self.settings
         for micro in range(settings.accumulate):
-            images, targets = self.fabric.to_device(next(batches))
             position = self.global_step * settings.accumulate + micro
-            seed_global(derive_seed(settings.seed, STEP, position, self.fabric.global_rank))
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
-            if settings.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            images, targets = self._micro_batch(batches, position)
+            expected = None
+            if self.teacher is not None:
+                with self.fabric.autocast():
+                    expected = self.teacher(images)
             accumulating = micro + 1 < settings.accumulate
             with self.fabric.no_backward_sync(self.wrapped, enabled=accumulating):
                 logits = self.wrapped(images)
                 loss = cross_entropy(logits, targets, settings.label_smoothing)
+                if self.teacher is not None and expected is not None:
+                    loss = self.teacher.loss(logits, expected, loss)
                 self.fabric.backward(loss / settings.accumulate)
+            self._losses.append(loss.detach())
             for metrics in (self.epoch_metrics, self.interval_metrics):
                 metrics.update(loss, logits, targets)
         grad_norm = None
@@ -199,29 +256,80 @@ class Trainer:
             self.ema.update(self.model)
         return grad_norm
 
+    def _micro_batch(self, batches: Iterator[Batch], position: int) -> Batch:
+        """The next batch as the model sees it; seeds what is random in micro-batch `position`."""
+        images, targets = self.fabric.to_device(next(batches))
+        seed_global(derive_seed(self.settings.seed, STEP, position, self.fabric.global_rank))
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        if self.settings.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def check_finite(self, *, weights: bool = False) -> None:
+        """Look at the losses since the last check; all processes must call it.
+
+        Args:
+            weights: Look at the weights too.
+
+        Raises:
+            FloatingPointError: One is not finite; the batch that gave it is in the run folder.
+        """
+        losses = [float(loss) for loss in torch.stack(self._losses)] if self._losses else []
+        first = self.global_step * self.settings.accumulate - len(losses)
+        self._losses.clear()
+        index = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        parameters = list(self.model.parameters()) if weights else []
+        whole = all(bool(parameter.isfinite().all()) for parameter in parameters)
+        mine = torch.tensor(index is not None or not whole, device=self.fabric.device).int()
+        if int(cast(torch.Tensor, self.fabric.all_reduce(mine, reduce_op="max"))) == 0:
+            return
+        if index is not None:
+            what, position = f"the training loss is {losses[index]}", first + index
+        elif not whole:
+            what, position = "a weight is not finite", first + len(losses) - 1
+        else:
+            raise FloatingPointError("the training loss of another process is not finite")
+        step = position // self.settings.accumulate + 1
+        path = self._save_batch(position, step)
+        raise FloatingPointError(
+            f"{what} at step {step}; its batch is in {path}; lower optimizer.base_lr, lengthen "
+            "schedule.warmup_epochs or set trainer.clip_grad"
+        )
+
+    def _save_batch(self, position: int, step: int) -> Path:
+        """Load micro-batch `position` of this process once more and write it to a file."""
+        epoch, start = divmod(position, self.steps_per_epoch * self.settings.accumulate)
+        self.batches.set_position(epoch, start)
+        images, targets = self._micro_batch(iter(self.train_batches), position)
+        path = self._run_dir / f"bad_batch_step_{step}_rank_{self.fabric.global_rank}.safetensors"
+        save_file({"images": images.contiguous(), "targets": targets}, path)
+        return path
+
     def _record(self, grad_norm: torch.Tensor | None, reporter: Reporter) -> None:
         """Report the steps since the last record."""
+        self.check_finite()
         values = self.interval_metrics.compute()
         self.interval_metrics.reset()
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the training loss is {values['loss']} at step {self.global_step}; lower "
-                "optimizer.base_lr, lengthen schedule.warmup_epochs or set trainer.clip_grad"
-            )
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
         reporter.train(self.global_step, self.global_step / self.steps_per_epoch, values)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Loss, top-1 and top-5 (percent) on the evaluation set, each image counted once."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Loss, top-1 and top-5 (percent) on the evaluation set, each image counted once.
+
+        None if a signal came before the end; several processes finish all the same.
+        """
         model = self.evaluated_model
         model.eval()
         self.val_metrics.reset()
         for index, (images, targets) in enumerate(self.val_batches):
             if index == self.settings.limit_val_batches:
                 break
+            if self.signals.received is not None and self.fabric.world_size == 1:
+                return None
             images, targets = self.fabric.to_device((images, targets))
             # The bare module: processes may have different numbers of batches here.
             with self.fabric.autocast():
@@ -229,77 +337,3 @@ class Trainer:
             self.val_metrics.update(cross_entropy(logits, targets), logits, targets)
         self.broken.gather()  # over its limit a run ends here
         return self.val_metrics.compute()
-
-    def _save(self, path: Path, wandb_id: str | None) -> None:
-        """Write all that continuing needs; all processes must call it."""
-        metrics = {
-            "epoch": self.epoch_metrics.state_dict(),
-            "interval": self.interval_metrics.state_dict(),
-        }
-        if self.fabric.is_global_zero:
-            content: dict[str, Any] = {
-                "config": asdict(self.config),
-                "epoch": self.epoch,
-                "step": self.step,
-                "steps_per_epoch": self.steps_per_epoch,
-                "best": self.best,
-                "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.fabric.strategy.precision.state_dict(),
-                "metrics": metrics,
-                "wandb_id": wandb_id,
-            }
-            checkpoint.save(path, content)
-        self.fabric.barrier()
-
-    def _save_weights(self, path: Path) -> None:
-        """Write the evaluated weights; all processes must call it."""
-        if self.fabric.is_global_zero:
-            content = {
-                "config": asdict(self.config),
-                "epoch": self.epoch,
-                "step": self.step,
-                "best": self.best,
-                "model": self.evaluated_model.state_dict(),
-            }
-            checkpoint.save(path, content)
-        self.fabric.barrier()
-
-    def resume(self, content: dict[str, Any]) -> None:
-        """Continue from what `_save` wrote.
-
-        Raises:
-            ConfigError: The checkpoint holds weights alone, is past the last epoch, or ends inside
-                an epoch that this configuration cuts into other steps.
-        """
-        if "optimizer" not in content:
-            raise ConfigError(
-                "resume must name a last.ckpt to continue training; a best.ckpt holds weights "
-                "alone, for eval_only=true or finetune"
-            )
-        if content["epoch"] >= self.settings.epochs:
-            raise ConfigError(
-                f"trainer.epochs must exceed the {content['epoch']} epochs that the checkpoint has "
-                f"finished, got {self.settings.epochs}"
-            )
-        if content["step"] and content["steps_per_epoch"] != self.steps_per_epoch:
-            raise ConfigError(
-                "trainer.batch_size · trainer.accumulate · processes must be as before: the "
-                f"checkpoint stopped inside an epoch of {content['steps_per_epoch']} steps, this "
-                f"configuration has {self.steps_per_epoch}"
-            )
-        if (content["ema"] is None) != (self.ema is None):
-            raise ConfigError(
-                "trainer.ema_decay must be set if and only if the checkpoint's run had it set, got "
-                f"{self.settings.ema_decay}"
-            )
-        self.model.load_state_dict(content["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(content["scaler"])
-        self.epoch, self.step, self.best = content["epoch"], content["step"], content["best"]
-        if self.fabric.is_global_zero:  # the sums are over all processes: one holds them
-            self.epoch_metrics.load_state_dict(content["metrics"]["epoch"])
-            self.interval_metrics.load_state_dict(content["metrics"]["interval"])

@@ -29,7 +29,7 @@ class ClassificationMetrics:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         top5 = min(5, num_classes)
-        self.loss = MeanMetric().to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)  # the default leaves NaN out
         self.accuracy = MetricCollection(
             {
                 name: MulticlassAccuracy(
@@ -48,7 +48,8 @@ class ClassificationMetrics:
     def update(self, loss: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Add one batch: its mean loss, `[batch, num_classes]` logits and its targets."""
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
-        self.loss.update(loss.detach(), weight=len(labels))
+        # Once for each image instead of with a weight, which torchmetrics drops under "disable".
+        self.loss.update(loss.detach().expand(len(labels)))
         self.accuracy.update(logits.detach().float(), labels)
 
     def compute(self) -> dict[str, float]:

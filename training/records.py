@@ -1,7 +1,11 @@
 """What a run leaves on disk besides checkpoints: JSON lines, a picture and a W&B run."""
 
+import fcntl
 import json
+import os
 import secrets
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -10,7 +14,40 @@ from matplotlib.figure import Figure
 
 from conf.schema import ConfigError, LoggerConfig
 
-FILE = "metrics.jsonl"
+FILE, LOCK = "metrics.jsonl", ".lock"
+
+
+class RunFolder:
+    """Holds a run folder for one process, until the process ends however it ends.
+
+    Raises:
+        ConfigError: Another process holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open(path / LOCK, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            # A lock of this process alone: loading processes do not inherit it and cannot keep it.
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.file.close()
+            raise ConfigError(
+                f"hydra.run.dir must be a folder that no other process writes to, got {path}"
+            ) from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file so that a crash leaves the old one or the new one."""
+        temporary = self.path / f"{name}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.file.close()
 
 
 class Records:
@@ -19,16 +56,20 @@ class Records:
     A line has `kind` "train" (an interval of steps), "epoch" (its training and evaluation) or
     "evaluation" (of an evaluation-only run), the `step` it ends at, and its values.
 
+    A line that the disk has no room for is kept and written with the next.
+
     Args:
-        run_dir: The run's folder; must not hold a run.
+        run_dir: The run's folder; must not hold a run, unless `replace` is set.
         name: Name of the run; its Weights & Biases group.
         logger: The Weights & Biases settings.
         config: The whole configuration as plain values.
         wandb_id: Id of the run to continue; None for a new one.
         history: Lines of the run that is continued.
+        replace: The folder holds the run that is continued, or one that never saved.
+        warn: Called with a line about what cannot be written.
 
     Raises:
-        ConfigError: The folder already holds a run.
+        ConfigError: The folder already holds a run, or another process writes to it.
     """
 
     def __init__(
@@ -40,17 +81,22 @@ class Records:
         config: dict[str, Any],
         wandb_id: str | None = None,
         history: list[dict[str, Any]] | None = None,
+        replace: bool = False,
+        warn: Callable[[str], None],
     ) -> None:
         self.run_dir = run_dir
-        self.lines: list[dict[str, Any]] = []
-        try:
-            self.file = open(run_dir / FILE, "x", encoding="utf-8")  # noqa: SIM115
-        except FileExistsError as error:
+        self.warn = warn
+        if not replace and (run_dir / FILE).exists():
             raise ConfigError(
-                f"hydra.run.dir must be a new folder, {run_dir} already holds a run"
-            ) from error
-        for line in history or []:
-            self._append(line)
+                f"hydra.run.dir must be a new folder, {run_dir} already holds a run; to continue "
+                f"it use resume={run_dir}"
+            )
+        self.folder = RunFolder(run_dir)
+        self.lines = list(history or [])
+        text = _encode(self.lines)
+        self.folder.write(FILE, text)
+        self.file = open(run_dir / FILE, "ab", buffering=0)  # noqa: SIM115
+        self._pending = b""  # what is not in the file yet
         self.wandb_id = wandb_id or secrets.token_hex(4)
         self.wandb = None
         if logger.mode != "disabled":
@@ -68,14 +114,29 @@ class Records:
                 settings=wandb.Settings(silent=True, console="off"),
             )
 
-    def _append(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+    def _write_pending(self) -> None:
+        while self._pending:
+            written = self.file.write(self._pending)
+            self._pending = self._pending[written:]  # a full disk may take a part
+
+    def sync(self) -> None:
+        """Make every line durable.
+
+        Raises:
+            OSError: The disk has no room.
+        """
+        self._write_pending()
+        os.fsync(self.file.fileno())
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Append one line; `values` go to Weights & Biases as `<kind>/<name>`."""
-        self._append({"kind": kind, "step": step, **values})
+        line = {"kind": kind, "step": step, **values}
+        self.lines.append(line)
+        self._pending += _encode([line])
+        try:
+            self._write_pending()
+        except OSError as error:
+            self.warn(f"cannot write {self.run_dir / FILE}, will try again: {error}")
         if self.wandb is not None:
             self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
@@ -105,23 +166,38 @@ class Records:
             axes.grid(alpha=0.3)
             if epochs:
                 axes.legend()
-        figure.savefig(self.run_dir / "curves.png", dpi=120)
+        picture = BytesIO()
+        figure.savefig(picture, dpi=120)
+        try:
+            self.folder.write("curves.png", picture.getvalue())
+        except OSError as error:
+            self.warn(f"cannot write {self.run_dir / 'curves.png'}: {error}")
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the file and the Weights & Biases run."""
+        """Close the file, the folder and the Weights & Biases run."""
         self.file.close()
+        self.folder.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(failed))
 
 
-def read_history(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a run up to optimiser step `step`; empty where it kept none.
+def _encode(lines: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
-    A last line that was cut off is later than any checkpoint, and left out.
+
+def read_history(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` lines of a run: those written before its checkpoint was.
+
+    Lines after them are of steps that will be run again. A line that cannot be read ends the
+    history.
     """
     path = folder / FILE
     if not path.is_file():
         return []
-    texts = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines = [json.loads(text) for text in texts if text.endswith("\n")]
-    return [line for line in lines if line["step"] <= step]
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines()[:count]:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -27,6 +27,24 @@ class Reporter:
         return None if self.records is None else self.records.wandb_id
 
     @property
+    def lines(self) -> int:
+        """Lines of `metrics.jsonl` so far."""
+        return 0 if self.records is None else len(self.records.lines)
+
+    def sync(self) -> None:
+        """Make those lines durable.
+
+        Raises:
+            OSError: The disk has no room.
+        """
+        if self.records is not None:
+            self.records.sync()
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.console.line(f"warning: {text}")
+
+    @property
     def images_per_second(self) -> float:
         """Training speed so far; evaluation and saving left out."""
         return self._images / self._seconds if self._seconds else 0.0

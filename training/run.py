@@ -2,9 +2,9 @@
 
 import os
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -16,11 +16,15 @@ import models
 from conf.schema import Config, ConfigError, TrainerConfig
 from data import build
 from training import checkpoint
+from training.checkpoint import BEST, LAST
 from training.console import RunConsole
 from training.loop import Trainer
 from training.model import attention_backend, build_model, freeze_backbone
 from training.records import Records, read_history
 from training.reporting import Reporter
+from training.resuming import AUTO, CONFIG, Resumed, find, set_damaged_aside
+from training.saving import restore
+from training.signals import RunStopped, requeue
 
 
 def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, float]:
@@ -30,7 +34,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
 
     Args:
         config: A validated configuration.
-        run_dir: Where results go; must exist and hold no run yet.
+        run_dir: Where results go; must exist, and hold no run but one that is continued in place.
         multirun: The run is one of a sweep, which cannot start processes of its own.
 
     Returns:
@@ -39,16 +43,24 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     Raises:
         ConfigError: A setting does not suit the data, the model, the machine or the checkpoint.
         FloatingPointError: The loss stopped being finite.
+        NotSavedError: The end of the run could not be saved.
+        RunStopped: A signal came; the state is saved.
     """
     _set_up_torch(config.trainer)
     data = build(config.data)
-    resumed = _read_checkpoint(config, Path(config.resume)) if config.resume else None
+    resumed = find(config, run_dir)
     precision = resolve_precision(config.trainer)
     fabric = _make_fabric(config.trainer, precision, multirun=multirun)
     console = RunConsole(epochs=config.trainer.epochs, enabled=fabric.is_global_zero)
+    if resumed is not None:
+        for fault in resumed.faults:
+            console.line(f"warning: {fault}; using {resumed.path}")
+        if config.resume == AUTO and resumed.content.get("epoch", 0) >= config.trainer.epochs:
+            console.line(f"{run_dir} is finished: {config.trainer.epochs} epochs")
+            return resumed.content["best"]
     model = build_model(config.model, data, seed=config.trainer.seed)
     backend = attention_backend(model, fabric.device, precision)
-    if config.finetune:
+    if config.finetune and (resumed is None or resumed.path is None):
         _load_weights(model, config.finetune, console)
     if config.trainer.freeze_backbone:
         freeze_backbone(model)
@@ -57,7 +69,9 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     trainer = Trainer(config, fabric=fabric, model=model, data=data)
     if resumed is not None:
         _restore(trainer, resumed, console)
-    records = _open_records(config, run_dir, trainer, resumed) if fabric.is_global_zero else None
+    records = None
+    if fabric.is_global_zero:
+        records = _open_records(config, run_dir, trainer, resumed, console)
     reporter = Reporter(console, records)
     parts = [
         f"{config.model.name} ({_millions(model)} parameters) on {config.data.name}",
@@ -67,21 +81,26 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
         f"results in {run_dir}",
     ]
     console.line(" · ".join(parts))
-    failed = True
+    failed, warned = True, False
     try:
         if config.eval_only:
             result = trainer.evaluate()
+            assert result is not None  # no signal is caught here
             reporter.evaluation(trainer.global_step, result)
         else:
             console.start(total_steps=trainer.total_steps, first_step=trainer.global_step)
             result = trainer.fit(run_dir, reporter)
         failed = False
+    except RunStopped as stop:
+        warned = stop.number == signal.SIGUSR1
+        raise
     finally:
         reporter.close(failed=failed)
-        if failed and (run_dir / "last.ckpt").is_file():
-            console.line(
-                f"stopped; to continue, repeat the command with resume={run_dir}/last.ckpt"
-            )
+        if failed and (run_dir / LAST).is_file():
+            console.line(f"stopped; to continue: resume={run_dir}")
+        note = requeue(resume=config.resume) if warned and fabric.is_global_zero else None
+        if note is not None:
+            console.line(note)
     console.summary(
         "Evaluation" if config.eval_only else "Run", _rows(config, run_dir, reporter, result)
     )
@@ -140,18 +159,6 @@ def _make_fabric(settings: TrainerConfig, precision: str, *, multirun: bool) -> 
     return fabric
 
 
-def _read_checkpoint(config: Config, path: Path) -> dict[str, Any]:
-    """Read the checkpoint to resume from and check that it is of the same model."""
-    content = checkpoint.load(path)
-    changed = checkpoint.differences(content["config"]["model"], asdict(config.model), "model.")
-    if changed:
-        raise ConfigError(
-            f"model must be that of the checkpoint, differing (checkpoint → here): "
-            f"{'; '.join(changed)}. The run's own arguments are in {path.parent}/config.yaml"
-        )
-    return content
-
-
 def _load_weights(model: nn.Module, path: str, console: RunConsole) -> None:
     """Start from the weights of a file, saying what did not fit."""
     try:
@@ -163,40 +170,51 @@ def _load_weights(model: nn.Module, path: str, console: RunConsole) -> None:
         console.line(f"  {note}")
 
 
-def _restore(trainer: Trainer, content: dict[str, Any], console: RunConsole) -> None:
+def _restore(trainer: Trainer, resumed: Resumed, console: RunConsole) -> None:
     """Continue a run, or take its evaluated weights."""
-    config = trainer.config
+    config, content = trainer.config, resumed.content
+    if resumed.path is None:
+        console.line(f"no checkpoint in {resumed.folder} yet: starting from the beginning")
+        return
     if config.eval_only:
         trainer.evaluated_model.load_state_dict(content.get("ema") or content["model"])
         trainer.epoch, trainer.step = content["epoch"], content["step"]
-        console.line(f"weights from {config.resume}, epoch {content['epoch']}")
+        console.line(f"weights from {resumed.path}, epoch {content['epoch']}")
         return
-    trainer.resume(content)
-    console.line(f"continuing {config.resume} at step {trainer.global_step}")
+    restore(trainer, content)
+    console.line(f"continuing {resumed.path} at step {trainer.global_step}")
     for difference in checkpoint.differences(content["config"], asdict(config)):
-        if not difference.startswith(("resume", "name")):
+        if not difference.startswith(("resume", "name", "finetune")):
             console.line(f"  changed since: {difference}")
 
 
 def _open_records(
-    config: Config, run_dir: Path, trainer: Trainer, resumed: dict[str, Any] | None
+    config: Config,
+    run_dir: Path,
+    trainer: Trainer,
+    resumed: Resumed | None,
+    console: RunConsole,
 ) -> Records:
     """Begin the run folder: records, with the past of a continued run, and the configuration."""
-    continued = resumed is not None and not config.eval_only
-    past = Path(config.resume).parent if config.resume and continued else None
+    continued = resumed if resumed is not None and not config.eval_only else None
+    content = continued.content if continued else {}
     records = Records(
         run_dir,
         name=config.name,
         logger=config.logger,
         config=asdict(config),
-        wandb_id=resumed["wandb_id"] if resumed is not None and continued else None,
-        history=read_history(past, trainer.global_step) if past else None,
+        wandb_id=content.get("wandb_id"),
+        history=read_history(continued.folder, content.get("lines", 0)) if continued else None,
+        replace=continued is not None and continued.in_place,
+        warn=lambda text: console.line(f"warning: {text}"),
     )
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-    best = past / "best.ckpt" if past else None
-    if best is not None and best.is_file():
-        shutil.copyfile(best, run_dir / "best.ckpt")
+    records.folder.write(CONFIG, text.encode())
+    if continued is not None and continued.in_place:
+        checkpoint.remove_temporaries(run_dir)
+        set_damaged_aside(continued)
+    elif continued is not None and (continued.folder / BEST).is_file():
+        shutil.copyfile(continued.folder / BEST, run_dir / BEST)
     return records
 
 
@@ -218,7 +236,7 @@ def _rows(
         rows |= {
             "training": f"{reporter.images_per_second:.1f} images/s",
             "time": reporter.console.elapsed(),
-            "checkpoints": "best.ckpt, last.ckpt",
+            "checkpoints": "best.ckpt, last.ckpt and the one before it, last.1.ckpt",
         }
     rows["folder"] = str(run_dir)
     if config.logger.mode == "offline":
