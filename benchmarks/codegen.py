@@ -15,14 +15,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,90 +31,60 @@ from typing import Any
 import torch
 import triton
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.assembly import Instruction
+from benchmarks.codegen_tables import Row, layers, markdown, print_layers, print_rows
 from benchmarks.compiled import (
     KERNELS,
     RELEASED,
     Case,
     compile_launch,
     disassemble,
+    distinct,
     record,
     resources,
 )
 from benchmarks.floors import floors, print_floors
 from benchmarks.limits import TARGETS
 from benchmarks.work import Launch, Totals, solve_trips, work_of
-from kernels import tiles
+from kernels import backward, tiles
 
 __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "report"]
 
-# Every access to a row of query, key, value, out or a gradient of one is made in one of these.
-ROW_ACCESS = (tiles.load_rows, tiles.store_rows)
+# Every access to a row of query, key, value, out or a gradient of one is made in one of these, and
+# every load of the workspace.
+ROW_ACCESS = (
+    tiles.load_rows,
+    tiles.store_rows,
+    backward.fold_queries_kernel,
+    backward.fold_keys_kernel,
+)
+BIAS_ACCESS = (tiles.load_bias,)
+WIDEST_ACCESS = 16  # bytes of a thread that every target has
 EXACT_DTYPES = (torch.float32, torch.float64)  # products in full precision avoid tensor cores
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the report.
-
-    Args:
-        case: Name of the call.
-        kernel: Name of the kernel.
-        dtype: Of query, key and value.
-        target: Name of the architecture.
-        warps: Of a program.
-        registers: Of a thread.
-        spilled_bytes: Of a thread, local memory included.
-        shared_bytes: Of a program.
-        resident_blocks: Programs that a multiprocessor holds at once.
-        tensor_kind: Mnemonics of the tensor-core instructions.
-        tensor_instructions: How many there are.
-        products: Executed for each one that the tiles take; more than 1 where warps repeat a tile.
-        row_bytes: Least bytes of one access to a row of a token or cell.
-        row_traffic: Bytes of rows loaded for each one that whole tiles take.
-        loads: Number of global loads by their bytes.
-        stores: Number of global stores by their bytes.
-        instructions: All that can be reached.
-        executed: Instructions that one warp executes.
-        per_pair: Thread-instructions per distinct query-key pair; None without pairs.
-        exponentials: Executed for each one needed; None where none is.
-        kinds: ``executed`` by kind of instruction.
-    """
-
-    case: str
-    kernel: str
-    dtype: str
-    target: str
-    warps: int
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    resident_blocks: int
-    tensor_kind: str
-    tensor_instructions: int
-    products: float
-    row_bytes: int
-    row_traffic: float
-    loads: dict[int, int]
-    stores: dict[int, int]
-    instructions: int
-    executed: float
-    per_pair: float | None
-    exponentials: float | None
-    kinds: dict[str, float]
-
-
-def _row_lines() -> dict[str, list[range]]:
-    """Lines of the functions that access rows, by file name."""
+def _inside(functions: Sequence[Any]) -> Callable[[Instruction], bool]:
+    """Whether an instruction comes from a line of one of some functions."""
     lines: dict[str, list[range]] = {}
-    for function in ROW_ACCESS:
+    for function in functions:
         source, first = inspect.getsourcelines(function.fn)
         file = Path(inspect.getsourcefile(function.fn) or "").name
-        # What a function returns has the line behind its last as its place.
-        lines.setdefault(file, []).append(range(first, first + len(source) + 1))
-    return lines
+        # What a function returns has the line behind its last as its place; a decorator takes one.
+        lines.setdefault(file, []).append(range(first, first + len(source) + 2))
+
+    def is_inside(instruction: Instruction) -> bool:
+        file, line = instruction.place or ("", 0)
+        return any(line in some for some in lines.get(Path(file).name, ()))
+
+    return is_inside
+
+
+def layer_pairs(case: Case) -> int:
+    """Pairs of a query and a key that a layer's windows list, cells beyond the map included."""
+    windows = math.prod(case.geometry.num_windows(case.height, case.width))
+    pairs = case.geometry.num_queries * case.geometry.num_keys
+    return case.batch * windows * case.heads * pairs
 
 
 def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row:
@@ -126,11 +97,11 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
     compiled = compile_launch(launch, limits)
     registers, spilled, shared = resources(compiled, limits)
     warps = compiled.metadata.num_warps
-    program, row_lines = disassemble(compiled, limits), _row_lines()
-
-    def is_row(instruction: Instruction) -> bool:
-        file, line = instruction.place or ("", 0)
-        return any(line in lines for lines in row_lines.get(Path(file).name, ()))
+    program, is_row, is_bias = (
+        disassemble(compiled, limits),
+        _inside(ROW_ACCESS),
+        _inside(BIAS_ACCESS),
+    )
 
     def count(executions: list[Any]) -> Totals:
         return Totals.count(program.instructions, executions, warps, limits.lanes, is_row)
@@ -142,11 +113,13 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
     reached = [program.instructions[at] for block in program.order for at in program.span(block)]
     tensor = Counter(i.opcode for i in reached if i.kind == "tensor")
     accesses = [i.access for i in reached if i.access]
+    rows = [i.access.bytes for i in reached if i.access and is_row(i)]
     kinds = dict.fromkeys((i.kind for i in reached), Fraction(0))
     for instruction, times in zip(program.instructions, executions, strict=True):
         if times:
             kinds[instruction.kind] += times
     executed = sum(executions)
+    threads = math.prod(launch.grid) * warps * limits.lanes
     exponentials = totals.exponentials / work.exponentials if work.exponentials else None
     return Row(
         case=case.name,
@@ -161,13 +134,15 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
         tensor_kind=" ".join(sorted(tensor)),
         tensor_instructions=tensor.total(),
         products=float(totals.products(work)),
-        row_bytes=min(i.access.bytes for i in reached if i.access and is_row(i)),
+        row_bytes=min(rows),
+        narrow_rows=sum(wide < WIDEST_ACCESS for wide in rows),
+        bias_bytes=min((i.access.bytes for i in reached if i.access and is_bias(i)), default=None),
         row_traffic=float(totals.row_bytes / work.row_bytes),
         loads=dict(sorted(Counter(a.bytes for a in accesses if not a.store).items())),
         stores=dict(sorted(Counter(a.bytes for a in accesses if a.store).items())),
         instructions=len(reached),
         executed=float(executed),
-        per_pair=float(executed * warps * limits.lanes / work.pairs) if work.pairs else None,
+        per_pair=float(threads * executed / (work.images * layer_pairs(replace(case, batch=1)))),
         exponentials=None if exponentials is None else float(exponentials),
         kinds={kind: float(number) for kind, number in sorted(kinds.items())},
     )
@@ -176,7 +151,9 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
 def describe_all(case: Case, dtype: torch.dtype, target: str, kernels: Sequence[str]) -> list[Row]:
     """One row for each launch of a call whose kernel's name starts with one of ``kernels``."""
     launches = [
-        entry for entry in record(case, dtype, target) if entry.name.startswith(tuple(kernels))
+        entry
+        for entry in distinct(record(case, dtype, target))
+        if entry.name.startswith(tuple(kernels))
     ]
     return [describe(case, dtype, target, entry) for entry in launches]
 
@@ -201,37 +178,6 @@ def report(
             yield done.result()
 
 
-def _text(value: Any) -> str:
-    """A cell of the table."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.2f}"
-    if isinstance(value, dict):
-        return " ".join(f"{number}x{key}" for key, number in value.items())
-    return str(value)
-
-
-COLUMNS = {
-    "case": "case", "kernel": "kernel", "dtype": "dtype", "target": "target", "registers": "regs",
-    "spilled_bytes": "spilled", "shared_bytes": "shared", "resident_blocks": "blocks",
-    "tensor_kind": "tensor cores", "tensor_instructions": "count", "products": "copies",
-    "row_bytes": "row access", "loads": "loads x bytes", "stores": "stores x bytes",
-    "instructions": "static", "executed": "executed", "per_pair": "per pair",
-    "exponentials": "exponentials",
-}  # fmt: skip
-
-
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """One table; what it leaves out is in the saved file."""
-    table = Table()
-    for heading in COLUMNS.values():
-        table.add_column(heading, no_wrap=heading in ("case", "dtype", "target"))
-    for row in rows:
-        table.add_row(*(_text(getattr(row, name)) for name in COLUMNS))
-    console.print(table)
-
-
 def main() -> None:
     """Command-line entry."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -247,6 +193,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images of the floors' calls")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", type=Path, help="save the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="save short tables to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 replaces the compiler: unset it")
@@ -263,18 +210,25 @@ def main() -> None:
     rows.sort(key=lambda row: (row.target, row.dtype, row.case))
     console = Console(width=None if sys.stdout.isatty() else 240)
     print_rows(rows, console)
+    summary = layers(rows)
+    print_layers(summary, console)
     batched = [replace(case, batch=arguments.batch) for case in cases]
     least = floors(batched, dtypes[0], arguments.targets[0])
     print_floors(least, console)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if arguments.markdown:
+        command = " ".join(["python -m benchmarks.codegen", *sys.argv[1:]])
+        arguments.markdown.write_text(markdown(rows, least, versions, command))
     if arguments.json:
         saved = {
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-            },
+            "versions": versions,
             "targets": {name: asdict(TARGETS[name]) for name in arguments.targets},
             "rows": [asdict(row) for row in rows],
+            "layers": [asdict(layer) for layer in summary],
             "floors": [asdict(row) for row in least],
         }
         arguments.json.write_text(json.dumps(saved, indent=2) + "\n")

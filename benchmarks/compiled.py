@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,9 +25,19 @@ from benchmarks.limits import Target
 from benchmarks.work import Launch
 from kernels import FocalGeometry, FocalLevel, backward, forward, pooling
 from kernels import launch as launchers
-from kernels.launch import PoolProblem, Problem
+from kernels.launch import PoolProblem, Problem, pools_inline
+from kernels.tiles import Pool
 
-__all__ = ["KERNELS", "RELEASED", "Case", "compile_launch", "disassemble", "record", "resources"]
+__all__ = [
+    "KERNELS",
+    "RELEASED",
+    "Case",
+    "compile_launch",
+    "disassemble",
+    "distinct",
+    "record",
+    "resources",
+]
 
 KERNELS = {
     module: tuple(name for name in vars(module) if name.endswith("_kernel"))
@@ -83,18 +93,23 @@ def recording(target: str) -> Iterator[list[Launch]]:
 
 
 def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
-    """Every launch of a forward and a backward pass, with q, k, v as views of a fused qkv."""
+    """Every launch of a forward and a backward pass, with q, k, v as views of a fused qkv.
+
+    Where `pools_inline` would pool inside forward, that variant is launched as well, at the end.
+    """
     geometry, heads, head_dim = case.geometry, case.heads, case.head_dim
     map_size = (case.height, case.width)
     qkv = torch.empty(case.batch, *map_size, 3, heads, head_dim, dtype=dtype, device="meta")
     query, key, value = qkv.unbind(3)
     bias = torch.empty(heads, geometry.num_queries, geometry.num_keys, device="meta")
     with recording(target) as launches:
-        coarse_keys, coarse_values = [], []
+        coarse_keys, coarse_values, pools = [], [], []
         for level in range(1, len(geometry.levels)):
             problem = PoolProblem(geometry, tuple(key.shape), dtype, level)
             side = geometry.levels[level].subwindow_size
             weight = torch.empty(side, side, device="meta")
+            offset = torch.empty(heads, head_dim, dtype=dtype, device="meta")
+            pools.append(Pool(weight, offset, offset))
             pooled = pooling.launch_pool(key, value, weight, None, None, problem)
             pooling.launch_pool_backward(*pooled, key, value, weight, problem)
             coarse_keys.append(pooled[0])
@@ -114,7 +129,18 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
         )
         out, stats = forward.launch_forward(query, key, value, bias, attention)
         backward.launch_backward(out, query, key, value, bias, out, stats, attention)
+        if pools and pools_inline(geometry, query.shape):
+            inside = replace(attention, coarse_key=none, coarse_value=none, pools=tuple(pools))
+            forward.launch_forward(query, key, value, bias, inside)
     return launches
+
+
+def distinct(launches: Sequence[Launch]) -> list[Launch]:
+    """One launch of each kernel and level: rounds over other images run the same machine code."""
+    found = {}
+    for launch in launches:
+        found.setdefault((launch.kernel, launch.arguments.get("L"), launch.name), launch)
+    return list(found.values())
 
 
 def compile_launch(launch: Launch, target: Target) -> Any:

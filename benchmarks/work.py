@@ -14,9 +14,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from benchmarks.assembly import Instruction, Loop, Program
+from kernels.tiles import Level
 
 __all__ = ["Launch", "Product", "Work", "solve_trips", "work_of"]
 
@@ -31,6 +33,9 @@ MOST_ROW_BYTES = 2
 # of a next one that is not there.
 MOST_TCGEN05 = Fraction(9, 8)
 TCGEN05_ROWS, TCGEN05_COLS, HALF_DEPTH = 128, 256, 16
+TCGEN05_LEAST_ROWS = 64  # smaller tiles go to the instructions of earlier generations
+POOL_TOKENS = 64  # of a trip of `kernels.tiles.pool_tile`
+ROW_TENSORS = ("key", "part_ptr", "key_part_ptr")  # one of them is an argument of every kernel
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,12 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's name, with the level that it is specialised for."""
+        """The kernel's name, with the variant that it is specialised for."""
         name = self.kernel.__name__
-        if "FINE" in self.arguments:
-            name += " (fine)" if self.arguments["FINE"] else " (coarse)"
+        if "L" in self.arguments:
+            name += " (fine)" if self.arguments["L"].fine else " (coarse)"
+        if self.arguments.get("pools") and any(x.inline for x in self.arguments["S"].levels):
+            name += " (pooling inside)"
         return name
 
 
@@ -67,6 +74,8 @@ class Product:
     @property
     def tcgen05_steps(self) -> Fraction:
         """Instructions of the fifth generation of tensor cores, whose names hide their shape."""
+        if self.m < TCGEN05_LEAST_ROWS:
+            return Fraction(0)
         tiles = math.ceil(self.m / TCGEN05_ROWS) * math.ceil(self.n / TCGEN05_COLS)
         return tiles * math.ceil(self.k / HALF_DEPTH) * self.count
 
@@ -77,12 +86,12 @@ class Work:
 
     Args:
         loops: Trips of the nested loops of the source, outermost first; several nests if they
-            follow each other.
+            follow each other. Without those that every compiler takes away.
         products: Products of tiles.
         exponentials: Of scores, over whole tiles.
-        pairs: Distinct query-key pairs; 0 for a kernel without any.
-        row_bytes: Least bytes of rows of tokens and cells loaded, over whole tiles.
-        kept: Part of the products that remains if the compiler drops columns without a key.
+        pairs: Query-key pairs, those of a tile's padding left out; 0 without scores.
+        row_bytes: Least bytes of rows of tokens, cells and the workspace loaded, over whole tiles.
+        images: That the whole launch works on.
     """
 
     loops: tuple[tuple[Fraction, ...], ...]
@@ -90,7 +99,7 @@ class Work:
     exponentials: Fraction
     pairs: Fraction
     row_bytes: Fraction
-    kept: Fraction = Fraction(1)
+    images: Fraction = Fraction(1)
 
     @property
     def multiply_adds(self) -> Fraction:
@@ -98,105 +107,162 @@ class Work:
         return sum((product.multiply_adds for product in self.products), Fraction(0))
 
 
+@cache
+def _repeats(products: tuple[Product, ...]) -> frozenset[Fraction]:
+    """Multiply-adds that products may take: a warp without a part of a tile repeats another's."""
+    sums = {Fraction(0)}
+    for product in products:
+        sums = {total + copies * product.multiply_adds for total in sums for copies in COPIES}
+    return frozenset(sums)
+
+
 def _row(launch: Launch) -> int:
     """Bytes of a padded row of a token."""
-    element = launch.arguments["key"].ptr.element_size()
-    return launch.arguments["S"].block_d * element
+    tensor = next(launch.arguments[name] for name in ROW_TENSORS if name in launch.arguments)
+    return launch.arguments["S"].block_d * getattr(tensor, "ptr", tensor).element_size()
 
 
-def _walk_over_keys(launch: Launch, products: int, query_rows: int) -> Work:
-    """Forward and the query gradient: fine tiles in a loop, then the rest."""
+def _windows(launch: Launch) -> tuple[int, int]:
+    """Rows and columns of windows of one image."""
+    size, window = launch.arguments["size"], launch.arguments["S"].window
+    return size.pad_h // window, size.pad_w // window
+
+
+def _blocks(launch: Launch) -> int:
+    """Query tiles of a window."""
+    return launch.arguments["S"].m_pad // launch.arguments["BLOCK_M"]
+
+
+def _pool_trips(launch: Launch, level: Level) -> Fraction:
+    """Trips over the tokens under a window's region, on average: it ends at the map's border."""
+    margin = (level.region - level.cells) // 2
+    sides = []
+    for windows in _windows(launch):
+        starts = [window * level.cells - margin for window in range(windows)]
+        ends = [min(start + level.region, windows * level.cells) for start in starts]
+        sides.append([(b - max(a, 0)) * level.sub for a, b in zip(starts, ends, strict=True)])
+    trips = [math.ceil(rows * cols / POOL_TOKENS) for rows in sides[0] for cols in sides[1]]
+    return Fraction(sum(trips), len(trips))
+
+
+def _walk_over_keys(launch: Launch, query_rows: int, products: tuple[int, int]) -> Work:
+    """Whole tiles of each level in a loop, then those of its end.
+
+    Args:
+        launch: Of a program per query tile of a window.
+        query_rows: Tiles of rows loaded once.
+        products: How many products of each tile sum over the head, and over the keys.
+    """
     shape, block_m = launch.arguments["S"], launch.arguments["BLOCK_M"]
-    block_n = launch.arguments["BLOCK_N"]
-    tiles = Fraction(shape.n_pad, block_n)
-    fine = shape.region**2
-    whole = fine // block_n
-    rest = tiles - math.ceil(fine / block_n)
-    across = Product(block_m, block_n, shape.block_d, (products - 1) * tiles)
-    along = Product(block_m, shape.block_d, block_n, tiles)
+    row, across, along = _row(launch), *products
+    loops: list[tuple[Fraction, ...]] = []
+    found: list[Product] = []
+    row_bytes = Fraction(query_rows * block_m * row)
+    for level in shape.levels:
+        repeats = level.full // level.block
+        tiles = [(level.block, repeats)] if repeats else []
+        for keys, count in [*tiles, *((size, 1) for _, size in level.tail)]:
+            # The compiler takes a loop of one trip away.
+            nest = (Fraction(count),) if count > 1 else ()
+            rows = Fraction(keys)
+            if level.inline:
+                trips = _pool_trips(launch, level)
+                nest, rows = (*nest, trips), POOL_TOKENS * trips
+                found.append(Product(keys, shape.block_d, POOL_TOKENS, 2 * count * trips))
+            loops += [nest] if nest else []
+            row_bytes += 2 * count * rows * row
+            if across:
+                found.append(Product(block_m, keys, shape.block_d, Fraction(across * count)))
+            if along:
+                found.append(Product(block_m, shape.block_d, keys, Fraction(along * count)))
     return Work(
-        loops=((Fraction(whole),), (rest,)),
-        products=(across, along),
+        loops=tuple(loops),
+        products=tuple(found),
         exponentials=Fraction(block_m * shape.n_pad),
         pairs=Fraction(shape.num_queries * shape.num_keys * block_m, shape.m_pad),
-        row_bytes=Fraction((query_rows * block_m + 2 * shape.n_pad) * _row(launch)),
-        kept=Fraction(shape.num_keys, shape.n_pad),
+        row_bytes=row_bytes,
+        images=Fraction(launch.grid[0], _blocks(launch) * math.prod(_windows(launch))),
     )
 
 
 def _forward(launch: Launch) -> Work:
-    return _walk_over_keys(launch, products=2, query_rows=1)
+    return _walk_over_keys(launch, query_rows=1, products=(1, 1))
 
 
-def _query_gradient(launch: Launch) -> Work:
-    return _walk_over_keys(launch, products=3, query_rows=3)
+def _delta(launch: Launch) -> Work:
+    """From two rows per query; in full precision from all scores, computed again."""
+    whole = _walk_over_keys(launch, query_rows=2, products=(2, 0))
+    if launch.arguments["query"].ptr.element_size() > 2:
+        return whole
+    rows = Fraction(2 * launch.arguments["BLOCK_M"] * _row(launch))
+    return Work((), (), Fraction(0), Fraction(0), rows, whole.images)
 
 
-def _bias_gradient(launch: Launch) -> Work:
-    """One trip per (image, window) of a group; the last group may be smaller."""
+def _gradient(launch: Launch) -> Work:
+    """One trip per window of a group; the last group may be smaller, or empty."""
     arguments = launch.arguments
-    shape, block_m, block_n = (arguments[name] for name in ("S", "BLOCK_M", "BLOCK_N"))
+    shape, level, block_m = (arguments[name] for name in ("S", "L", "BLOCK_M"))
     items = Fraction(arguments["num_items"], launch.grid[2])
     return Work(
         loops=((items,),),
-        products=(Product(block_m, block_n, shape.block_d, 2 * items),),
-        exponentials=block_m * block_n * items,
-        pairs=shape.num_queries * shape.num_keys * items / launch.grid[0],
-        row_bytes=2 * (block_m + block_n) * items * _row(launch),
+        products=(
+            Product(block_m, level.block, shape.block_d, 2 * items),
+            Product(level.block, shape.block_d, block_m, 2 * items),
+            Product(block_m, shape.block_d, level.block, items),
+        ),
+        exponentials=block_m * level.block * items,
+        pairs=shape.num_queries * level.region**2 * items / launch.grid[0],
+        row_bytes=2 * (block_m + level.block) * items * _row(launch),
+        images=Fraction(arguments["num_items"], math.prod(_windows(launch))),
     )
 
 
-def _key_gradient(launch: Launch) -> Work:
-    """Rows and columns of the windows that attend a square, and query tiles of each."""
-    arguments, size = launch.arguments, launch.arguments["size"]
-    shape, block_m, block_k = (arguments[name] for name in ("S", "BLOCK_M", "BLOCK_K"))
-    cells, region, group = (arguments[name] for name in ("CELLS", "REGION", "GROUP"))
-    margin = (region - cells) // 2
-    reach = math.ceil(margin / cells)
-    wraps = arguments["FINE"] and shape.wrap
-    trips, attended = [], Fraction(1)
-    for side in (size.pad_h // shape.window, size.pad_w // shape.window):
-        firsts = range(0, side, group)
-        if wraps:
-            spans = [group + 2 * reach for _ in firsts]
-            lines = side * region
-        else:
-            spans = [min(at + group + reach, side) - max(at - reach, 0) for at in firsts]
-            starts = [window * cells - margin for window in range(side)]
-            lines = sum(min(at + region, side * cells) - max(at, 0) for at in starts)
-        trips.append(Fraction(sum(spans), len(spans)))
-        attended *= lines
-    tiles = Fraction(shape.m_pad, block_m)
-    visits = trips[0] * trips[1] * tiles
-    return Work(
-        loops=((*trips, tiles),),
-        products=(
-            Product(block_k, block_m, shape.block_d, 2 * visits),
-            Product(block_k, shape.block_d, block_m, 2 * visits),
-        ),
-        exponentials=block_k * block_m * visits,
-        pairs=shape.num_queries * attended / launch.grid[0],
-        row_bytes=2 * (block_k + block_m * visits) * _row(launch),
+def _fold_queries(launch: Launch) -> Work:
+    """One trip per key tile."""
+    arguments = launch.arguments
+    tiles = Fraction(arguments["NUM_TILES"])
+    return _copy(
+        trips=tiles if tiles > 1 else None,
+        row_bytes=arguments["BLOCK_M"] * tiles * _row(launch),
+        images=Fraction(launch.grid[0], _blocks(launch) * math.prod(_windows(launch))),
+    )
+
+
+def _fold_keys(launch: Launch) -> Work:
+    """One trip per window that may attend a cell."""
+    arguments, level = launch.arguments, launch.arguments["L"]
+    windows = Fraction(math.ceil(level.region / level.cells) ** 2)
+    return _copy(
+        trips=windows if windows > 1 else None,
+        row_bytes=2 * windows * arguments["BLOCKS"] * arguments["BLOCK"] * _row(launch),
+        images=Fraction(launch.grid[2]),
     )
 
 
 def _pool(launch: Launch) -> Work:
     """One trip per position of the sub-window."""
-    positions = Fraction(launch.arguments["SUB"] ** 2)
-    return Work(
-        loops=((positions,),),
-        products=(),
-        exponentials=Fraction(0),
-        pairs=Fraction(0),
-        row_bytes=2 * positions * launch.arguments["BLOCK"] * _row(launch),
+    arguments = launch.arguments
+    positions = Fraction(arguments["SUB"] ** 2)
+    tiles = math.ceil(arguments["size"].coarse_cells / arguments["BLOCK"])
+    return _copy(
+        trips=positions if positions > 1 else None,
+        row_bytes=2 * positions * arguments["BLOCK"] * _row(launch),
+        images=Fraction(launch.grid[0], tiles),
     )
+
+
+def _copy(trips: Fraction | None, row_bytes: Fraction, images: Fraction) -> Work:
+    """Work without products: one loop at most, over rows."""
+    loops = () if trips is None else ((trips,),)
+    return Work(loops, (), Fraction(0), Fraction(0), row_bytes, images)
 
 
 RULES: dict[str, Callable[[Launch], Work]] = {
     "forward_kernel": _forward,
-    "query_gradient_kernel": _query_gradient,
-    "bias_gradient_kernel": _bias_gradient,
-    "key_gradient_kernel": _key_gradient,
+    "delta_kernel": _delta,
+    "gradient_kernel": _gradient,
+    "fold_queries_kernel": _fold_queries,
+    "fold_keys_kernel": _fold_keys,
     "pool_kernel": _pool,
     "pool_backward_kernel": _pool,
 }
@@ -252,21 +318,22 @@ class Totals:
     def products(self, work: Work) -> Fraction:
         """Products executed for each one that the tiles take."""
         if self.tcgen05_steps:
-            steps = sum((product.tcgen05_steps for product in work.products), Fraction(0))
-            return self.tcgen05_steps / steps
+            return self.tcgen05_steps / sum(product.tcgen05_steps for product in work.products)
         return self.multiply_adds / work.multiply_adds if work.multiply_adds else Fraction(1)
 
     def problem(self, work: Work, tensor_cores: bool, loops: bool) -> str | None:
         """What does not add up, if anything; without loops there may be more rows."""
         products = self.products(work) if tensor_cores else Fraction(1)
         copies = max(products, Fraction(1))
+        named = work.products
         if self.tcgen05_steps:
+            named = tuple(product for product in named if not product.tcgen05_steps)
             if not 1 <= products <= MOST_TCGEN05:
                 return f"products: {float(products):.4f} of what the tiles take"
-        elif products not in COPIES and not work.kept <= products < 1:
+        if tensor_cores and self.multiply_adds not in _repeats(named):
             return f"products: {float(products):.4f} of what the tiles take"
         most = MOST_EXPONENTIALS * copies * work.exponentials
-        # The compiler drops those of columns that it knows to hold no key.
+        # The compiler may drop those of places that it knows to hold no key.
         if not work.pairs <= self.exponentials <= most:
             return f"exponentials: {float(self.exponentials)}, needed {float(work.exponentials)}"
         most = MOST_ROW_BYTES * work.row_bytes if loops else self.row_bytes
@@ -332,7 +399,7 @@ def solve_trips(
         ValueError: If no trip counts that the source allows reach the totals.
     """
     nests = _nests(program, program.loops)
-    sources = [nest for nest in work.loops if math.prod(nest) > 1]
+    sources = work.loops
     waiting = dict.fromkeys(_all_headers(program.loops), Fraction(1))
     problems, solutions = [], []
     for chosen in itertools.combinations(sources, len(nests)):
@@ -354,8 +421,7 @@ def solve_trips(
         # A program that repeats nothing is never mistaken for one that repeats everything.
         def order(solution: tuple[list[Fraction], Totals]) -> tuple[Fraction, ...]:
             executions, totals = solution
-            dropped = max(Fraction(0), 1 - totals.products(work)) if tensor_cores else Fraction(0)
-            return dropped, totals.row_bytes, sum(executions, Fraction(0))
+            return totals.row_bytes, sum(executions, Fraction(0))
 
         return min(solutions, key=order)
     found = f"{len(nests)} nests of loops with work, in the source {len(sources)}"
