@@ -12,12 +12,13 @@ from conf.schema import (
     ConfigError,
     DigitsConfig,
     DistillationConfig,
-    ImageFolderConfig,
+    ImageConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     SyntheticConfig,
     TrainerConfig,
+    WebDatasetConfig,
 )
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -26,6 +27,7 @@ ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 WANDB_MODES = ("offline", "online", "disabled")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASE_MODES = ("const", "rand", "pixel")
+POLICIES = ("rand", "augmix", "3a", "original", "originalr", "v0", "v0r")  # of timm
 
 
 def _require(holds: bool, key: str, rule: str, value: object) -> None:
@@ -68,26 +70,40 @@ def _validate_model(model: ModelConfig) -> None:
     )
 
 
+def _validate_images(data: ImageConfig) -> None:
+    for name in ("crop_pct", "min_crop_area"):
+        _positive(f"data.{name}", getattr(data, name))
+        _fraction(f"data.{name}", getattr(data, name))
+    for name in ("hflip", "erase_prob"):
+        _fraction(f"data.{name}", getattr(data, name))
+    for name in ("color_jitter", "max_broken"):
+        _not_negative(f"data.{name}", getattr(data, name))
+    _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
+    _one_of("data.erase_mode", data.erase_mode, ERASE_MODES)
+    if data.auto_augment is not None:
+        policy = data.auto_augment.split("-")[0]
+        rule = f"be a policy of timm's, beginning with {', '.join(POLICIES)}"
+        _require(policy in POLICIES, "data.auto_augment", rule, data.auto_augment)
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        _require(len(value) == 3, f"data.{name}", "have three entries", value)
+    _require(min(data.std) > 0, "data.std", "be positive", data.std)
+    if isinstance(data, WebDatasetConfig):
+        _positive("data.num_classes", data.num_classes)
+        _require(bool(data.image_keys), "data.image_keys", "not be empty", data.image_keys)
+
+
 def _validate_data(config: Config) -> None:
     data = config.data
     _positive("data.img_size", data.img_size)
     _not_negative("data.num_workers", data.num_workers)
+    _positive("data.repeated_aug", data.repeated_aug)
     if isinstance(data, DigitsConfig):
         _fraction("data.scale", data.scale)
         _fraction("data.translate", data.translate)
         _not_negative("data.rotate", data.rotate)
-    elif isinstance(data, ImageFolderConfig):
-        for name in ("crop_pct", "min_crop_area"):
-            _positive(f"data.{name}", getattr(data, name))
-            _fraction(f"data.{name}", getattr(data, name))
-        _fraction("data.hflip", data.hflip)
-        _fraction("data.erase_prob", data.erase_prob)
-        _not_negative("data.color_jitter", data.color_jitter)
-        _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
-        _one_of("data.erase_mode", data.erase_mode, ERASE_MODES)
-        for name in ("mean", "std"):
-            value = getattr(data, name)
-            _require(len(value) == 3, f"data.{name}", "have three entries", value)
+    elif isinstance(data, ImageConfig):
+        _validate_images(data)
     elif isinstance(data, SyntheticConfig):
         for name in ("num_classes", "in_chans", "train_size", "val_size"):
             _positive(f"data.{name}", getattr(data, name))

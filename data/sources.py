@@ -3,16 +3,30 @@
 from collections.abc import Callable
 from typing import Any
 
-from conf.schema import DataConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
+from conf.schema import (
+    DataConfig,
+    DigitsConfig,
+    HuggingFaceConfig,
+    ImageFolderConfig,
+    SyntheticConfig,
+    TorchvisionConfig,
+    WebDatasetConfig,
+)
 from data.base import ImageData
 from data.digits import build_digits
+from data.huggingface import build_huggingface
 from data.imagefolder import build_imagefolder
 from data.synthetic import build_synthetic
+from data.torchvision_sets import build_torchvision
+from data.webdataset import build_webdataset
 
 BUILDERS: dict[type[DataConfig], Callable[[Any], ImageData]] = {
     DigitsConfig: build_digits,
+    HuggingFaceConfig: build_huggingface,
     ImageFolderConfig: build_imagefolder,
     SyntheticConfig: build_synthetic,
+    TorchvisionConfig: build_torchvision,
+    WebDatasetConfig: build_webdataset,
 }
 
 

@@ -23,6 +23,14 @@ GROUPS = ("model", "data", "optimizer", "schedule", "trainer", "logger", "experi
 NEEDED = {
     "data=imagefolder": "data.root=x",
     "data=imagenet": "data.root=x",
+    "data=huggingface": "data.path=x",
+    "data=torchvision": "data.dataset=mnist data.root=x",
+    "data=fashion_mnist": "data.root=x",
+    "data=cifar10": "data.root=x",
+    "data=cifar100": "data.root=x",
+    "data=imagenette": "data.root=x",
+    "data=webdataset": "data.train=x data.val=x",
+    "data=imagenet_wds": "data.train=x data.val=x",
     "model=timm": "model.name=x",
 }
 
@@ -38,7 +46,7 @@ CHOICES = [f"{group}={option}" for group in GROUPS for option in options(group)]
 def overrides_of(choice: str) -> list[str]:
     """The choice with what its opening comment says to give."""
     if choice in NEEDED:
-        return [choice, NEEDED[choice]]
+        return [choice, *NEEDED[choice].split()]
     overrides = [choice]
     if choice.startswith("experiment="):
         path = FOLDER / "experiment" / f"{choice.removeprefix('experiment=')}.yaml"
@@ -153,6 +161,12 @@ def test_a_typo_or_a_wrong_type_fails_with_the_name_of_the_key(override: str, ke
         (["optimizer.betas=[0.9]"], "optimizer.betas must be two numbers"),
         (["logger.mode=on"], "logger.mode must be one of"),
         (["data=imagefolder", "data.root=x", "data.mean=[0.5]"], "data.mean must have three"),
+        (["data=cifar10", "data.root=x", "data.std=[0,1,1]"], "data.std must be positive"),
+        (["data=cifar10", "data.root=x", "data.max_broken=-1"], "data.max_broken must not be"),
+        (["data=cifar10", "data.root=x", "data.auto_augment=random-m9"], "data.auto_augment must"),
+        (["data=imagenet_wds", "data.train=x", "data.val=x", "data.num_classes=0"], "num_classes"),
+        (["data=webdataset", "data.train=x", "data.val=x", "data.image_keys=[]"], "image_keys"),
+        (["data.repeated_aug=0"], "data.repeated_aug must be positive, got 0"),
         (["resume=a.ckpt", "finetune=b.pth"], "finetune must be unset when resume is set"),
         (["eval_only=true"], "resume or finetune must name the weights"),
     ],
