@@ -137,7 +137,7 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
 
 def distinct(launches: Sequence[Launch]) -> list[Launch]:
     """One launch of each kernel and level: rounds over other images run the same machine code."""
-    found = {}
+    found: dict[Any, Launch] = {}
     for launch in launches:
         found.setdefault((launch.kernel, launch.arguments.get("L"), launch.name), launch)
     return list(found.values())

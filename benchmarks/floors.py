@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -174,7 +175,8 @@ def least(case: Case, dtype: torch.dtype, direction: str) -> tuple[int, int]:
 def _parts(launch: Launch) -> Iterator[tuple[str, Fraction]]:
     """Bytes that a launch touches of each tensor."""
     arguments, images = launch.arguments, work_of(launch).images
-    level, shape = arguments.get("L"), arguments["S"]
+    level: Any = arguments.get("L")
+    shape = arguments["S"]
     unused = {"seed_ptr", "pools"}
     if level is not None:
         unused |= {"coarse_k_ptr", "coarse_v_ptr"} if level.fine else {"key", "value"}
