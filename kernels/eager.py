@@ -15,7 +15,6 @@ from functools import lru_cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -104,6 +103,7 @@ class _Step:
     query: Tensor  # [products, queries, dim]
     key_value: Tensor  # [2, products, keys, dim]
     bias: Tensor  # [windows · heads, queries, keys]
+    no_key: Tensor | None  # bool [windows · heads, queries, 1]
 
     @property
     def key(self) -> Tensor:
@@ -120,26 +120,15 @@ class _Step:
         """How many."""
         return len(self.bias) // self.band.num_windows
 
-    def fused(self, scale: float) -> Tensor:
-        """The attention of each product, `[products, queries, dim]`."""
-        shape = (-1, self.bias.shape[0])
-        query, key, value = (x.unflatten(0, shape) for x in (self.query, self.key, self.value))
-        out = F.scaled_dot_product_attention(query, key, value, self.bias[None], scale=scale)
-        return self.clear_no_key(out.flatten(0, 1))
-
     def weights(self, scale: float, scratch: Scratch) -> Tensor:
-        """Attention weights before dropout, `[products, queries, keys]`."""
+        """Attention weights before dropout, `[products, queries, keys]`; zeros without any key."""
         out = scratch("weights", *self.query.shape[:2], self.key.shape[1])
         out.unflatten(0, (-1, self.bias.shape[0])).copy_(self.bias)
         out.baddbmm_(self.query, self.key.mT, alpha=scale)
-        return self.clear_no_key(torch.softmax(out, dim=-1, out=out))
-
-    def clear_no_key(self, x: Tensor) -> Tensor:
-        """Zero, in place, the rows of queries that are left without any key."""
-        if self.band.no_key is not None:
-            windows = x.unflatten(0, (-1, self.band.num_windows, self.heads))
-            windows.masked_fill_(self.band.no_key, 0.0)
-        return x
+        torch.softmax(out, dim=-1, out=out)
+        if self.no_key is not None:
+            out.unflatten(0, (-1, len(self.bias))).masked_fill_(self.no_key, 0.0)
+        return out
 
 
 class _Reader:
@@ -152,7 +141,9 @@ class _Reader:
         self._queries = Gathered([query[None]], [plan.queries], plan.loaded)
         self._keys = Gathered(key_values, plan.levels, plan.loaded)
         self._bias = bias.to(query.dtype)
-        self._dense: dict[tuple[int, int], Tensor] = {}
+        # A bias of -inf excludes a pair as well, and may leave a query without any key.
+        self._excludes = bool(torch.isneginf(self._bias).any())
+        self._dense: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
 
     def steps(self, loaded: slice, scratch: Scratch) -> Iterator[_Step]:
         """Gather these images of the batch, band by band; each step overwrites the one before."""
@@ -161,12 +152,15 @@ class _Reader:
         for band, images in self._plan.steps(loaded):
             query = self._queries.read(band, images, scratch, "query")[0]
             key_value = self._keys.read(band, images, scratch, "key and value")
-            yield _Step(band, images, query, key_value, self._band_bias(band))
+            yield _Step(band, images, query, key_value, *self._band_bias(band))
 
-    def _band_bias(self, band: Band) -> Tensor:
+    def _band_bias(self, band: Band) -> tuple[Tensor, Tensor | None]:
+        """The bias of a band, and which of its queries have no key, if any."""
         kind = band.num_windows, id(band.mask)  # inner bands share one
         if kind not in self._dense:
-            self._dense[kind] = band.dense_bias(self._bias)
+            bias = band.dense_bias(self._bias)
+            look = self._excludes or band.no_key
+            self._dense[kind] = bias, torch.isneginf(bias).all(-1, keepdim=True) if look else None
         return self._dense[kind]
 
 
@@ -228,12 +222,11 @@ def _attention(
     for loaded in plan.loads(len(query)):
         out_windows.start_sum(loaded)
         for step in inputs.steps(loaded, scratch):
-            if dropout is None:
-                attended = step.fused(scale)
-            else:
-                weight = step.weights(scale, scratch)
+            weight = step.weights(scale, scratch)
+            if dropout is not None:
                 weight *= dropout.factor(step, loaded, weight)
-                attended = weight @ step.value
+            # The queries are not needed any more: their memory takes the result.
+            attended = torch.bmm(weight, step.value, out=step.query)
             out_windows.add(step.band, step.images, attended[None])
         out_windows.finish_sum(loaded)
     return out[0]
@@ -357,6 +350,8 @@ def _attention_backward(
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:
+    if scale == 0.0:  # the product for bfloat16 would leave the output as it was
+        return out.zero_()
     return torch.baddbmm(out, left, right, beta=0.0, alpha=scale, out=out)
 
 

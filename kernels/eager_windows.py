@@ -114,7 +114,7 @@ class Band:
     rows: slice
     cols: slice
     mask: Tensor | None  # float32 0 or -inf, broadcasts to [windows, 1, queries, keys]
-    no_key: Tensor | None  # bool [windows, 1, queries, 1]
+    no_key: bool  # whether a query is left without any key
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -230,14 +230,13 @@ def _band(
 ) -> Band:
     """A band; it shares its masks with an earlier one that has the same, as inner bands do."""
     if not excluded.any():
-        return Band(rows, cols, None, None)
+        return Band(rows, cols, None, no_key=False)
     mask = torch.zeros(excluded.shape, device=device)
     mask.masked_fill_(excluded.to(device), -torch.inf)
     for band in earlier:
         if band.mask is not None and torch.equal(band.mask, mask):
             return Band(rows, cols, band.mask, band.no_key)
-    no_key = excluded.all(dim=-1, keepdim=True)
-    return Band(rows, cols, mask, no_key.to(device) if no_key.any() else None)
+    return Band(rows, cols, mask, no_key=bool(excluded.all(dim=-1).any()))
 
 
 def _split(count: int, largest: int) -> list[slice]:

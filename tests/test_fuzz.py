@@ -16,12 +16,7 @@ eager = partial(focal_attention, backend="eager")
 @pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(
-            "eager",
-            marks=pytest.mark.xfail(
-                strict=True, reason="eager gives NaN for a bias row of -inf: see test_extremes.py"
-            ),
-        ),
+        "eager",
         pytest.param("triton", marks=needs_interpreter),
     ],
 )
