@@ -22,7 +22,7 @@ from training.optimization import build_mixup, build_optimizer, build_schedule, 
 from training.profiling import SKIPPED, WARMUP, StepProfiler
 from training.reporting import Reporter
 from training.saving import Saver
-from training.signals import RunStopped, StopSignals, shield_worker
+from training.signals import RunStopped, StopSignals, WorkerShield
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,8 +80,9 @@ class Trainer:
             data.val, settings.eval_batch_size or settings.batch_size, **shard, **loading
         )
 
+        self.worker_shield = WorkerShield()
         for batches in (self.train_batches, self.val_batches):
-            batches.loader.worker_init_fn = shield_worker
+            batches.loader.worker_init_fn = self.worker_shield
         untraced = SKIPPED + WARMUP
         if settings.profile is not None and settings.profile + untraced > self.total_steps:
             raise ConfigError(

@@ -95,6 +95,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
         warned = stop.number == signal.SIGUSR1
         raise
     finally:
+        trainer.worker_shield.lift()
         reporter.close(failed=failed)
         if failed and (run_dir / LAST).is_file():
             console.line(f"stopped; to continue: resume={run_dir}")

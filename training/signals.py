@@ -4,6 +4,7 @@ The first signal is remembered; the loop looks at safe places, saves and ends. C
 the system's own effect, at once: a process that is killed leaves whole files (`training.saving`).
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -64,13 +65,27 @@ class StopSignals:
         os.write(2, ((SHOW_CURSOR if sys.stderr.isatty() else "") + text).encode())
 
 
-def shield_worker(_: int) -> None:
-    """Let a loading process outlive signals that are sent to the whole group of processes.
+class WorkerShield:
+    """Lets loading processes outlive signals that are sent to the whole group of processes.
 
-    The run still needs its batches to end its step; the process ends with the run.
+    The run still needs their batches to end its step. Given to a `DataLoader` as `worker_init_fn`.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+
+    def __init__(self) -> None:
+        self._over = multiprocessing.Event()
+
+    def __call__(self, worker: int) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        if self._over.is_set():
+            os._exit(0)
+
+    def lift(self) -> None:
+        """The run needs no batch any more: its end terminates the processes and waits for them."""
+        self._over.set()
 
 
 def requeue(*, resume: str | None) -> str | None:
