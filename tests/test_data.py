@@ -204,3 +204,40 @@ def test_synthetic_images_have_the_sizes_asked_for() -> None:
 def test_a_source_without_a_builder_is_refused() -> None:
     with pytest.raises(TypeError, match=r"config must be one of .* got DataConfig"):
         build(DataConfig(name="x", img_size=8))
+
+
+def test_repeated_augmentation_puts_differing_copies_into_one_batch() -> None:
+    dataset = build(digits()).train
+    batches = TrainBatches(len(dataset), 12, seed=0, repeats=3)
+    assert len(batches) == len(TrainBatches(len(dataset), 12, seed=0))
+    images, labels = next(iter(train_loader(dataset, batches)))
+    copies = images.unflatten(0, (4, 3))
+    assert labels.view(4, 3).eq(labels[::3, None]).all()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (copies[:, one] - copies[:, other]).abs().amax((1, 2, 3)).min() > 0.1
+    batches.set_position(1)
+    assert not torch.equal(next(iter(train_loader(dataset, batches)))[0], images)
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation_keeps_order_processes_and_continuing(repeats: int) -> None:
+    single = [key[1] for batch in TrainBatches(100, 12, seed=0) for key in batch]
+    one = TrainBatches(100, 12, seed=0, repeats=repeats)
+    keys = [key for batch in one for key in batch]
+    assert keys == [
+        (0, index, copy) for index in single[: len(keys) // repeats] for copy in range(repeats)
+    ]
+    ranks = [
+        list(TrainBatches(100, 4, seed=0, rank=rank, world_size=3, repeats=repeats))
+        for rank in range(3)
+    ]
+    assert [a + b + c for a, b, c in zip(*ranks, strict=True)] == list(one)
+    whole = list(one)
+    one.set_position(0, start=3)
+    assert list(one) == whole[3:]
+
+
+def test_a_policy_that_timm_does_not_know_is_told(tmp_path: Path) -> None:
+    root = make_images(tmp_path, {"train": ["a"], "val": ["a"]})
+    with pytest.raises(ConfigError, match=r"data\.auto_augment must be a policy .* got 'rand-q9'"):
+        build(image_folder(root, auto_augment="rand-q9"))
