@@ -197,11 +197,11 @@ def validate(config: Config) -> None:
     _validate_schedule(config.schedule, config.trainer)
     _validate_distillation(config.distillation)
     _one_of("logger.mode", config.logger.mode, WANDB_MODES)
-    # "auto" starts from the weights the first time and continues when it is started again.
+    # A folder may hold a run that was stopped before its first save and begins again.
     _require(
-        not (config.resume and config.finetune) or config.resume == "auto",
+        not (config.resume and config.resume.endswith(".ckpt") and config.finetune),
         "finetune",
-        "be unset when resume is set, unless to auto",
+        "be unset when resume is set to a file",
         config.finetune,
     )
     _require(

@@ -18,6 +18,9 @@ from data import build
 from training import checkpoint
 from training.checkpoint import BEST, LAST
 from training.console import RunConsole
+from training.evaluation import FILE as EVALUATION_FILE
+from training.evaluation import PICTURE as RELIABILITY_PICTURE
+from training.evaluation import EvaluationReport
 from training.loop import Trainer
 from training.model import attention_backend, build_model, freeze_backbone
 from training.records import Records, read_history
@@ -84,9 +87,13 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     failed, warned = True, False
     try:
         if config.eval_only:
+            trainer.val_metrics = report = EvaluationReport(data.class_names, fabric.device)
             result = trainer.evaluate()
             assert result is not None  # no signal is caught here
             reporter.evaluation(trainer.global_step, result)
+            details = report.details()
+            if fabric.is_global_zero:
+                report.write(run_dir, details)
         else:
             console.start(total_steps=trainer.total_steps, first_step=trainer.global_step)
             result = trainer.fit(run_dir, reporter)
@@ -233,7 +240,10 @@ def _rows(
         "top-5": f"{result['top5']:.2f} %",
         "loss": f"{result['loss']:.4f}",
     }
-    if not config.eval_only:
+    if config.eval_only:
+        rows["calibration error"] = f"{result['ece']:.2f} %"
+        rows["report"] = f"{EVALUATION_FILE}, {RELIABILITY_PICTURE}"
+    else:
         rows |= {
             "training": f"{reporter.images_per_second:.1f} images/s",
             "time": reporter.console.elapsed(),

@@ -75,6 +75,7 @@ class WorkerShield:
         self._over = multiprocessing.Event()
 
     def __call__(self, worker: int) -> None:
+        """Set the handlers of loading process `worker`."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._terminate)
