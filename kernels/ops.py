@@ -7,7 +7,6 @@ on a CPU as well (docs/decisions.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
@@ -48,9 +47,13 @@ def focal_attention(
         query, scale = query * scale, 1.0
     code = encode_geometry(geometry)
     settings = (code, scale, list(map_size), dropout_p, dropout_seed)
-    inline = _inline(query, key, value, bias, geometry, pooling)
-    if inline:
-        return _pooling_attention(query, key, value, bias, *_pools(key, inline), *settings)
+    entries = [entry for entry in pooling if isinstance(entry, Pooling)]
+    if entries and len(entries) == len(pooling):
+        weights, key_offsets, value_offsets = _pool_lists(key, entries)
+        tensors = (query, key, value, bias, *weights, *key_offsets, *value_offsets)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            pools = (weights, key_offsets, value_offsets)
+            return _pooling_attention(query, key, value, bias, *pools, *settings)
     pooled = []
     for level, entry in enumerate(pooling, start=1):
         if isinstance(entry, PooledMap):
@@ -59,48 +62,27 @@ def focal_attention(
             pooled.append(
                 _pool(key, value, entry.weight, entry.key_offset, entry.value_offset, code, level)
             )
-    if len(pooled) == 1:
-        coarse_key, coarse_value = (x.contiguous() for x in pooled[0])
-    else:
-        none = _no_cells(query)
-        coarse_key = torch.cat([none, *(k for k, _ in pooled)], dim=1)
-        coarse_value = torch.cat([none, *(v for _, v in pooled)], dim=1)
-    out, _ = _attention(query, key, value, bias, coarse_key, coarse_value, *settings)
+    out, _ = _attention(query, key, value, bias, *_packed(query, pooled), *settings)
     return out
 
 
-def _inline(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    geometry: FocalGeometry,
-    pooling: Sequence[Pooling | PooledMap],
-) -> list[Pooling]:
-    """The pooling of every coarse level if the attention kernel does it itself, else nothing.
-
-    Backward reads the coarse maps: where a gradient is wanted, a pass of its own makes them.
-    """
-    entries = [entry for entry in pooling if isinstance(entry, Pooling)]
-    if not entries or len(entries) < len(pooling):
-        return []
-    tensors = [query, key, value, bias]
-    for entry in entries:
-        tensors += [x for x in vars(entry).values() if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return []
-    return entries if pools_inline(geometry, query.shape) else []
-
-
-def _pools(key: Tensor, pooling: Sequence[Pooling]) -> tuple[list[Tensor], ...]:
+def _pool_lists(key: Tensor, pooling: Sequence[Pooling]) -> tuple[list[Tensor], ...]:
     """Weights, key offsets and value offsets of every level; zeros for no offset."""
     zero = key.new_zeros(key.shape[3:])
-    weights = [entry.weight.contiguous() for entry in pooling]
-    offsets = (
-        [zero if x is None else x.contiguous() for x in some]
-        for some in zip(*((entry.key_offset, entry.value_offset) for entry in pooling), strict=True)
+    return (
+        [entry.weight for entry in pooling],
+        [zero if entry.key_offset is None else entry.key_offset for entry in pooling],
+        [zero if entry.value_offset is None else entry.value_offset for entry in pooling],
     )
-    return weights, *offsets
+
+
+def _packed(query: Tensor, pooled: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Coarse keys and values of all levels, `[batch, coarse_cells, heads, head_dim]`."""
+    if len(pooled) == 1:
+        return pooled[0][0].contiguous(), pooled[0][1].contiguous()
+    none = _no_cells(query)
+    keys, values = ([maps[side] for maps in pooled] for side in (0, 1))
+    return torch.cat([none, *keys], dim=1), torch.cat([none, *values], dim=1)
 
 
 def _no_cells(query: Tensor) -> Tensor:
@@ -122,6 +104,7 @@ def _problem(
     map_size: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
+    pools: tuple[Pool, ...] = (),
 ) -> Problem:
     return Problem(
         geometry=decode_geometry(code),
@@ -133,6 +116,7 @@ def _problem(
         map_size=(map_size[0], map_size[1]),
         dropout_p=dropout_p,
         dropout_seed=seed,
+        pools=pools,
     )
 
 
@@ -246,12 +230,28 @@ def _pooling_attention(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> Tensor:
-    none = _no_cells(query)
-    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
-    pools = tuple(Pool(*x) for x in zip(weights, key_offsets, value_offsets, strict=True))
-    problem = replace(_problem(query, none, none, *settings), pools=pools)
+    """Pooling and attention without a gradient, whose backward would want the coarse maps."""
+    query, key, value = (_rows(x) for x in (query, key, value))
+    geometry = decode_geometry(geometry_code)
+    pools = tuple(
+        Pool(*(x.contiguous() for x in level))
+        for level in zip(weights, key_offsets, value_offsets, strict=True)
+    )
     with torch.cuda.device_of(query):
-        return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)[0]
+        # Chosen here and not while tracing: the choice must not tie a graph to a size.
+        if pools_inline(geometry, query.shape):
+            coarse = (_no_cells(query), _no_cells(query))
+        else:
+            pooled = [
+                launch_pool(
+                    key, value, *pool, PoolProblem(geometry, tuple(key.shape), key.dtype, level)
+                )
+                for level, pool in enumerate(pools, start=1)
+            ]
+            coarse, pools = _packed(query, pooled), ()
+        settings = (geometry_code, scale, map_size, dropout_p, dropout_seed, pools)
+        problem = _problem(query, coarse[0], coarse[1], *settings)
+        return launch_forward(query, key, value, bias, problem)[0]
 
 
 @_pooling_attention.register_fake
