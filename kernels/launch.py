@@ -418,7 +418,7 @@ class PoolProblem:
     dtype: torch.dtype
     level: int
 
-    BLOCK = 16  # cells of a tile
+    BLOCK = 32  # cells of a tile: 16 bytes for each of 128 threads
 
     @cached_property
     def num_cells(self) -> int:
@@ -427,8 +427,8 @@ class PoolProblem:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Cell tiles of all images, heads."""
-        return self.shape[0] * -(-self.num_cells // self.BLOCK), self.shape[3]
+        """Tiles of the cells of all images, heads."""
+        return -(-self.shape[0] * self.num_cells // self.BLOCK), self.shape[3]
 
     def common_arguments(self, key: Tensor, value: Tensor) -> dict[str, Any]:
         """Arguments that both pooling kernels take."""
@@ -439,6 +439,7 @@ class PoolProblem:
             "key": token_map(key),
             "value": token_map(value),
             "size": Size(height, width, *padded, height, width, heads, self.num_cells),
+            "count": self.shape[0] * self.num_cells,
             "S": PoolShape(self.geometry.shift, narrow, head_dim, padded_head_dim(head_dim)),
             "SUB": self.geometry.levels[self.level].subwindow_size,
             "BLOCK": self.BLOCK,

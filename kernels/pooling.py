@@ -8,9 +8,9 @@ smaller than the map, so they are written once and every window that attends a c
 
 Layouts: k, v `[batch, height, width, heads, head_dim]` with a contiguous last axis, zero beyond
 their storage; pooled `[batch, cells, heads, head_dim]`, cells of the rolled, padded map row-major.
-Grid: (cell tiles of all images, heads). Backward gives each program the tokens under its cells, so
-that no two write the same place; gradients of the weights are summed per program and then over
-programs.
+Grid: (tiles of the cells of all images, heads). Backward gives each program the tokens under its
+cells, so that no two write the same place; gradients of the weights are summed per program and then
+over programs.
 """
 
 import math
@@ -44,21 +44,21 @@ def locate_token(cell, exists, i, size, S: tl.constexpr, SUB: tl.constexpr):
 
 
 @triton.jit
-def locate_cells(size, BLOCK: tl.constexpr):
-    """Batch and cells of this program."""
-    tiles = (size.coarse_cells + BLOCK - 1) // BLOCK
-    return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+def locate_cells(size, count, BLOCK: tl.constexpr):
+    """Batch, cell and existence of this program's part of the ``count`` cells of all images."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    return index // size.coarse_cells, index % size.coarse_cells, index < count
 
 
 @triton.jit
 def pool_kernel(
     key, value, weight_ptr, k_offset_ptr, v_offset_ptr, pooled_k_ptr, pooled_v_ptr, size,
+    count,
     S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Pooled keys and values of one tile of cells."""
-    batch, cell = locate_cells(size, BLOCK)
+    batch, cell, exists = locate_cells(size, count, BLOCK)
     head = tl.program_id(1)
-    exists = cell < size.coarse_cells
     acc_k = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
     acc_v = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
     k_image = image_ptr(key, batch, head)
@@ -83,15 +83,15 @@ def pool_kernel(
 @triton.jit
 def pool_backward_kernel(
     key, value, weight_ptr, grad_k_ptr, grad_v_ptr, out_k_ptr, out_v_ptr, partial_ptr, size,
+    count,
     S: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tokens under one tile of cells, and this tile's part of the weights'.
 
-    ``partial`` `[cell tiles of all images, heads, SUB²]`.
+    ``partial`` `[cell tiles, heads, SUB²]`.
     """
-    batch, cell = locate_cells(size, BLOCK)
+    batch, cell, exists = locate_cells(size, count, BLOCK)
     head = tl.program_id(1)
-    exists = cell < size.coarse_cells
     place = row_offset(cell, size, S)
     k_source = packed_ptr(grad_k_ptr, batch, size.coarse_cells, head, size, S)
     v_source = packed_ptr(grad_v_ptr, batch, size.coarse_cells, head, size, S)

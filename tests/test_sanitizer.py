@@ -201,8 +201,7 @@ def test_pooling_kernels_told_of_more_cells_are_found_to_overrun(monkeypatch):
 
     def too_many(problem: launch.PoolProblem, *maps: torch.Tensor):
         right = arguments(problem, *maps)
-        size = right["size"]
-        return {**right, "size": size._replace(coarse_cells=size.coarse_cells + 1)}
+        return {**right, "count": right["count"] + 1}
 
     monkeypatch.setattr(launch.PoolProblem, "common_arguments", too_many)
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
