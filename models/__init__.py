@@ -1,8 +1,9 @@
 """The Focal Transformer; importing this package registers its variants with timm."""
 
-from models import checkpoint
+from models import checkpoint, loading
 from models.checkpoint import load_weights
 from models.focal_transformer import FocalTransformer
+from models.loading import describe, load, save
 from models.variants import (
     focal_base,
     focal_base_conv,
@@ -18,6 +19,7 @@ from models.variants import (
 __all__ = [
     "FocalTransformer",
     "checkpoint",
+    "describe",
     "focal_base",
     "focal_base_conv",
     "focal_large",
@@ -27,5 +29,8 @@ __all__ = [
     "focal_small_conv",
     "focal_tiny",
     "focal_tiny_conv",
+    "load",
     "load_weights",
+    "loading",
+    "save",
 ]
