@@ -27,6 +27,7 @@ class BrokenImages:
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self.found: dict[str, str] = {}
+        self.told = 0  # how many there were when their number was last logged
 
     def add(self, met: Iterable[Broken]) -> None:
         """Count what a batch of this process met and name what is new.
@@ -47,17 +48,24 @@ class BrokenImages:
         self._check()
 
     def gather(self) -> int:
-        """Count over all processes, which must all call it; returns the number so far.
+        """Count over all processes, which must all call it, and log the number if it grew.
+
+        Returns:
+            The number so far.
 
         Raises:
             ConfigError: Together they met more than `limit`.
         """
-        if dist.is_available() and dist.is_initialized():
+        together = dist.is_available() and dist.is_initialized()
+        if together:
             shares: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
             dist.all_gather_object(shares, self.found)
             for share in shares:
                 self.found.update(share)
         self._check()
+        if len(self.found) > self.told and (not together or dist.get_rank() == 0):
+            _logger.warning("broken images so far: %d of at most %d", len(self.found), self.limit)
+        self.told = len(self.found)
         return len(self.found)
 
     def _check(self) -> None:

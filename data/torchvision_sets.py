@@ -89,13 +89,12 @@ def build_torchvision(config: TorchvisionConfig) -> ImageData:
     layout = BUILT_IN[config.dataset].layout
     root = Path(config.root).expanduser()
     transforms = train_transform(config), eval_transform(config)
-    if config.download:
-        root.mkdir(parents=True, exist_ok=True)
-        # of several processes one downloads
-        lock: AbstractContextManager = FileLock(root / f".{config.dataset}.lock")
-    else:
-        lock = nullcontext()
+    lock: AbstractContextManager = nullcontext()
     try:
+        if config.download:
+            root.mkdir(parents=True, exist_ok=True)
+            # Of several processes one downloads.
+            lock = FileLock(root / f".{config.dataset}.lock")
         with lock:
             train = _open(config, root, transforms[0], train=True)
             val = _open(config, root, transforms[1], train=False)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from conf.schema import ConfigError, WebDatasetConfig
-from data.base import ImageData
+from data.base import BrokenImageError, ImageData
 from data.extras import require
 from data.images import (
     Transform,
@@ -62,8 +62,17 @@ class ShardImages(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         with open(shard, "rb") as file:
             file.seek(offset)
             content = file.read(size)
-        image = decode_rgb(content, f"{shard} (bytes {offset} to {offset + size})")
-        return self.transform(image), label
+        try:
+            return self.transform(decode_rgb(content, str(shard))), label
+        except BrokenImageError as error:  # rare enough to look its name up
+            raise BrokenImageError(
+                f"{shard}/{_member_name(shard, offset)}", error.reason
+            ) from error
+
+
+def _member_name(shard: Path, offset: int) -> str:
+    with tarfile.open(shard, "r:") as tar:
+        return next(member.name for member in tar if member.offset_data == offset)
 
 
 def _expand(webdataset: Any, pattern: str, key: str) -> list[Path]:

@@ -81,12 +81,15 @@ def test_training_takes_the_next_good_image_and_counts_a_broken_one_once(
     assert re.search(r"broken image \(1 of at most 3\): .*/\d\.png: no image format", warnings[0])
 
 
-def test_evaluation_leaves_broken_images_out(tmp_path: Path) -> None:
+def test_evaluation_leaves_broken_images_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = load(image_folder(tmp_path, val_broken=(1, 4, 5)))
     broken = BrokenImages(data.max_broken)
     seen = [numbers(images) for images, _ in eval_loader(data.val, 2, broken=broken)]
     assert seen == [[0], [2, 3], [6, 7]]
-    assert broken.gather() == 3
+    assert [broken.gather(), broken.gather()] == [3, 3]
+    assert caplog.text.count("broken images so far: 3 of at most 3") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

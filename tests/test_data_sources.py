@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from conf import compose
 from conf.schema import ConfigError, HuggingFaceConfig, TorchvisionConfig, WebDatasetConfig
 from data import BrokenImageError, BrokenImages, ImageData, build, eval_loader, train_loader
 from data.loading import SeededSamples, TrainBatches
@@ -494,6 +495,14 @@ def test_order_and_augmentation_do_not_depend_on_workers_and_continue_exactly(
         assert torch.equal(torch.stack(images), torch.stack(seen[0][start:]))
 
 
+def test_the_imagenet_recipe_can_read_any_source() -> None:
+    for name, more in (("imagenet_hf", ()), ("imagenet_wds", ("data.train=x", "data.val=x"))):
+        data = compose("experiment=imagenet/focal_tiny", f"data={name}", *more).data
+        assert isinstance(data, HuggingFaceConfig | WebDatasetConfig)
+        augmentation = data.auto_augment, data.color_jitter, data.erase_prob
+        assert augmentation == ("rand-m9-mstd0.5-inc1", 0.4, 0.25)
+
+
 def test_a_broken_image_in_any_source_is_replaced_in_training(shards: Path, tmp_path: Path) -> None:
     write_shard(shards / "train-1.tar", [sample(5), sample(6, png=b"broken"), sample(7)])
     folder = saved(tmp_path / "set", train=table([0, 1, 0], broken=(0,)), validation=table([1]))
@@ -505,6 +514,7 @@ def test_a_broken_image_in_any_source_is_replaced_in_training(shards: Path, tmp_
         found = samples[(0, index)]
         assert found.label == data.train[after][1]
         assert len(found.broken) == 1
+        assert re.search(r"train-1\.tar/n/0006\.png$|^train\[0\] \(0\.png\)$", found.broken[0][0])
         broken = BrokenImages(data.max_broken)
         broken.add(found.broken)
         assert broken.gather() == 1
