@@ -65,9 +65,8 @@ class ShardImages(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         try:
             return self.transform(decode_rgb(content, str(shard))), label
         except BrokenImageError as error:  # rare enough to look its name up
-            raise BrokenImageError(
-                f"{shard}/{_member_name(shard, offset)}", error.reason
-            ) from error
+            name = f"{shard}/{_member_name(shard, offset)}"
+            raise BrokenImageError(name, error.reason) from error
 
 
 def _member_name(shard: Path, offset: int) -> str:
