@@ -21,6 +21,8 @@ from models import FocalTransformer
 from models.attention_maps import attention_map
 from models.blocks import FocalBlock
 
+DOUBLINGS = 3  # of even attention, at which the colours of an overlay end
+
 
 def class_names(model: nn.Module) -> list[str]:
     """One readable name per class: the model's own, ImageNet's synsets in words, or numbers."""
@@ -94,21 +96,27 @@ def draw_overlay(
             weights = attention_map(model, image[None], stage=stage, block=block, query=token)
             shown = weights.mean(dim=0) if head is None else weights[head]
             rows, cols = -(-height // side), -(-width // side)  # without the padding to windows
+            even = shown * shown.numel()  # 1 where attention is even
             axes.imshow(picture.mean(dim=2).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.imshow(
-                shown[:rows, :cols].numpy(),
+            scale = axes.imshow(
+                even[:rows, :cols].clamp(min=2.0**-DOUBLINGS).log2().numpy(),
                 extent=(0, cols * side, rows * side, 0),
-                cmap="inferno",
-                vmin=0.0,  # so that even attention looks even
-                alpha=0.65,
+                cmap="coolwarm",
+                vmin=-DOUBLINGS,
+                vmax=DOUBLINGS,
+                alpha=0.6,
                 interpolation="nearest",
             )
             axes.set(xlim=(0, width), ylim=(height, 0))
-            axes.set_title(f"stage {stage + 1}, at most {100 * shown.max():.1f} %", fontsize=9)
+            axes.set_title(f"stage {stage + 1}", fontsize=9)
             if query is not None:
                 axes.plot(query[1], query[0], "c+", markersize=10, markeredgewidth=2)
     for axes in grid.flat:
         axes.set_axis_off()
+    steps = range(-DOUBLINGS, DOUBLINGS + 1)
+    bar = figure.colorbar(scale, ax=grid, ticks=steps, shrink=0.8)
+    bar.set_ticklabels([f"1/{2**-n}" if n < 0 else f"{2**n}" for n in steps])
+    bar.set_label("attention to a token, relative to even attention")
     figure.savefig(path, dpi=120)
 
 
