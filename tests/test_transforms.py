@@ -207,7 +207,7 @@ def test_vmap_is_right_or_refused(backend):
     try:
         got = torch.func.vmap(of_query(backend, tensors))(queries)
     except RuntimeError as error:
-        assert f"Batching rule not implemented for focal::{backend}" in str(error)  # noqa: PT017
+        assert "Batching rule not implemented for focal::" in str(error)  # noqa: PT017
     else:
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
