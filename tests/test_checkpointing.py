@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,27 +162,28 @@ def test_the_file_before_stays_when_the_newest_is_replaced(tmp_path: Path) -> No
     assert checkpoint.load(previous)["epoch"] == 1
 
 
-@pytest.fixture
-def small_files() -> Iterator[Any]:
-    """Sets how many bytes a file may have: a write beyond them fails, as on a full disk."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """How many bytes a file may have: a write beyond them fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("room", [0, 100, 10_000, 79_000])
 def test_a_save_without_room_raises_the_reason_and_leaves_the_old_file(
-    tmp_path: Path, small_files: Any, room: int
+    tmp_path: Path, room: int
 ) -> None:
     path, previous = tmp_path / "last.ckpt", tmp_path / "last.1.ckpt"
     for epoch in range(2):
         checkpoint.save(path, {**CONTENT, "epoch": epoch}, previous=previous)
-    small_files(room)
-    with pytest.raises(OSError) as error:  # noqa: PT011  (the number is looked at)
+    with (
+        pytest.raises(OSError) as error,  # noqa: PT011  (the number is looked at)
+        largest_file(room),
+    ):
         checkpoint.save(path, {**CONTENT, "epoch": 2}, previous=previous)
     assert error.value.errno == errno.EFBIG
     assert checkpoint.load(path)["epoch"] == 1
@@ -244,7 +246,7 @@ def test_a_run_whose_end_cannot_be_saved_says_so_and_continues_exactly_later(
     assert (folder / "metrics.jsonl").read_text().count("\n") == 10
 
 
-def test_a_line_without_room_is_kept_and_written_later(tmp_path: Path, small_files: Any) -> None:
+def test_a_line_without_room_is_kept_and_written_later(tmp_path: Path) -> None:
     warnings: list[str] = []
     records = Records(
         tmp_path,
@@ -255,11 +257,10 @@ def test_a_line_without_room_is_kept_and_written_later(tmp_path: Path, small_fil
     )
     records.write("train", 1, {"loss": 1.0})
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    small_files(size + 10)  # room for a part of a line
-    records.write("train", 2, {"loss": 2.0})
-    with pytest.raises(OSError, match="too large"):
-        records.sync()
-    small_files(10_000)
+    with largest_file(size + 10):  # room for a part of a line
+        records.write("train", 2, {"loss": 2.0})
+        with pytest.raises(OSError, match="too large"):
+            records.sync()
     records.write("train", 3, {"loss": 3.0})
     records.close()
     texts = (tmp_path / "metrics.jsonl").read_text().splitlines()
