@@ -9,7 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from conf import ConfigError, expand_resume, register_schemas, to_config
+from conf import ConfigError, expand_arguments, register_schemas, to_config
+from launching import run_member
 
 register_schemas()
 
@@ -19,12 +20,15 @@ def main(node: DictConfig) -> None:
     """Compose, validate, run."""
     try:
         config = to_config(node)
-        from training import NotSavedError, run  # imports torch: mistakes are told before that
-
         hydra_config = HydraConfig.get()
         run_dir = Path(os.path.relpath(hydra_config.runtime.output_dir))
+        if hydra_config.mode == RunMode.MULTIRUN:
+            run_member(config.trainer, hydra_config, run_dir)
+            return
+        from training import NotSavedError, run  # imports torch: mistakes are told before that
+
         try:
-            run(config, run_dir, multirun=hydra_config.mode == RunMode.MULTIRUN)
+            run(config, run_dir)
         except (FloatingPointError, NotSavedError) as error:
             raise SystemExit(f"error: {error}") from error
     except ConfigError as error:
@@ -35,7 +39,7 @@ def main(node: DictConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.argv[1:] = expand_resume(sys.argv[1:])
+        sys.argv[1:] = expand_arguments(sys.argv[1:])
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from error
     main()

@@ -1,6 +1,7 @@
 """The command line of a run that continues another: the other's arguments need no repeating."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -9,8 +10,16 @@ from conf.schema import ConfigError
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # where Hydra keeps a run's arguments
 
+LAUNCHERS = {  # module and extra of each launcher
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
+}
 
-def _key(argument: str) -> str:
+
+def key_of(argument: str) -> str:
+    """The key that an argument sets."""
     return argument.split("=", 1)[0].lstrip("+~")
 
 
@@ -19,9 +28,20 @@ def _value(arguments: list[str], key: str) -> str | None:
     return values[-1].strip("'\"") if values else None
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
+    """`path` as a value in Hydra's grammar."""
     text = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
+
+
+def expand_arguments(arguments: list[str]) -> list[str]:
+    """The arguments that Hydra gets for those that the user gave.
+
+    Raises:
+        ConfigError: They cannot be followed; names the argument.
+    """
+    check_launcher(arguments)
+    return keep_to_itself(expand_resume(arguments))
 
 
 def expand_resume(arguments: list[str]) -> list[str]:
@@ -42,6 +62,14 @@ def expand_resume(arguments: list[str]) -> list[str]:
     if resume is None or resume == "null":
         return arguments
     has_folder = _value(arguments, "hydra.run.dir") is not None
+    is_sweep = bool({"-m", "--multirun"} & set(arguments))
+    if resume == "auto" and is_sweep:
+        if _value(arguments, "hydra.sweep.dir") is None:
+            raise ConfigError(
+                "hydra.sweep.dir must be set with resume=auto in a multirun, so that each start "
+                "finds the same folders: hydra.sweep.dir=DIR"
+            )
+        return arguments
     if resume == "auto":
         job = os.environ.get("SLURM_JOB_ID")
         if has_folder:
@@ -55,16 +83,54 @@ def expand_resume(arguments: list[str]) -> list[str]:
 
     path = Path(resume)
     evaluate = (_value(arguments, "eval_only") or "false").lower() == "true"
-    in_place = path.is_dir() and not evaluate
-    if in_place and {"-m", "--multirun"} & set(arguments):
+    is_folder = path.is_dir() and path.suffix != ".ckpt"  # a checkpoint in parts is one too
+    in_place = is_folder and not evaluate
+    if in_place and is_sweep:
         raise ConfigError(f"resume must name a checkpoint file in a multirun, got {path}")
-    given = {_key(argument) for argument in arguments} | {"resume", "eval_only"}
+    given = {key_of(argument) for argument in arguments} | {"resume", "eval_only"}
     if not in_place:
         given.add("finetune")
-    file = (path if path.is_dir() else path.parent) / OVERRIDES
-    kept = [argument for argument in _read(file) if _key(argument) not in given]
-    folder = [f"hydra.run.dir={_quoted(path)}"] if in_place and not has_folder else []
+    file = (path if is_folder else path.parent) / OVERRIDES
+    kept = [argument for argument in _read(file) if key_of(argument) not in given]
+    folder = [f"hydra.run.dir={quoted(path)}"] if in_place and not has_folder else []
     return [*kept, *arguments, *folder]
+
+
+def keep_to_itself(arguments: list[str]) -> list[str]:
+    """What the arguments are in a process that torchrun or srun started beside a first one.
+
+    Each composes the configuration itself, and by the clock their run folders may differ: only the
+    first one makes its folder and tells the others (`training.run`).
+    """
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        return arguments
+    quiet = ["hydra.output_subdir=null", f"hydra.job.name=train_process_{rank}"]
+    if _value(arguments, "hydra.run.dir") is None:
+        quiet += ["hydra.run.dir=.", "hydra/job_logging=stdout"]
+    return [*arguments, *quiet]
+
+
+def check_launcher(arguments: list[str]) -> None:
+    """A launcher that is asked for must be installed.
+
+    Raises:
+        ConfigError: It is not; says what to install.
+    """
+    name = _value(arguments, "hydra/launcher")
+    module, extra = LAUNCHERS.get(name or "", ("hydra", ""))
+    if not _is_installed(module):
+        raise ConfigError(
+            f"hydra/launcher={name} needs a package that is not installed: "
+            f'pip install -e ".[{extra}]"'
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def _read(path: Path) -> list[str]:

@@ -238,7 +238,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: str = "auto"  # a number, "auto", or device indices such as "0,1"
     num_nodes: int = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  # or ddp; fsdp: parameters sharded over all processes
     compile: bool = False
     channels_last: bool = False
     limit_train_batches: int | None = None

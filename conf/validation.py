@@ -22,7 +22,7 @@ from conf.schema import (
 )
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 WANDB_MODES = ("offline", "online", "disabled")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
@@ -154,6 +154,12 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
     _one_of("trainer.precision", trainer.precision, PRECISIONS)
     _one_of("trainer.strategy", trainer.strategy, STRATEGIES)
     _one_of("trainer.accelerator", trainer.accelerator, ACCELERATORS)
+    _require(
+        trainer.strategy != "fsdp" or trainer.precision != "16-mixed",
+        "trainer.precision",
+        "be auto, bf16-mixed or 32-true with trainer.strategy=fsdp",
+        trainer.precision,
+    )
     numbers = trainer.devices.split(",")
     _require(
         trainer.devices == "auto" or all(number.strip().isdigit() for number in numbers),

@@ -9,7 +9,8 @@ of `weights_only=True`, which reads tensors and plain containers and nothing els
 import hashlib
 import os
 import pickle
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -61,7 +62,8 @@ class _Writer:
         self.file.write(_SIZE_FIELD + _LABEL + self.sha256.hexdigest().encode())
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """Where `path` is written before it is renamed."""
     # One name, not one for each process: what a killed process leaves, the next save overwrites.
     return path.with_name(f"{path.name}.tmp")
 
@@ -75,7 +77,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> str:
     """Write `content` so that a crash at any moment leaves a whole file.
 
     Args:
@@ -83,12 +85,15 @@ def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -
         content: Tensors and plain Python containers.
         previous: Where to keep the file that is replaced; None: nowhere.
 
+    Returns:
+        The SHA-256 of the content.
+
     Raises:
         OSError: The file cannot be written; `path` and `previous` are as they were.
     """
-    temporary = _temporary(path)
+    unfinished = temporary(path)
     try:
-        with open(temporary, "w+b") as file:
+        with open(unfinished, "w+b") as file:
             writer = _Writer(file)
             try:
                 torch.save(
@@ -102,17 +107,28 @@ def save(path: Path, content: dict[str, Any], *, previous: Path | None = None) -
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
+            if path.is_dir() or previous.is_dir():  # in parts: see `training.shards`
+                remove(previous)
             os.replace(path, previous)  # a crash here leaves `previous`, which `load_first` finds
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     sync_folder(path.parent)
+    return writer.sha256.hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the unfinished files of a process that was killed while saving."""
     for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _verify(path: Path) -> None:
@@ -137,6 +153,13 @@ def _verify(path: Path) -> None:
         )
     if end != label + sha256.hexdigest().encode():
         raise CheckpointError(f"cannot read {path}: altered, its SHA-256 does not match")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 that a checkpoint file carries."""
+    with open(path, "rb") as file:
+        file.seek(-64, os.SEEK_END)
+        return file.read().decode("ascii", errors="replace")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -164,8 +187,14 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_first(paths: Sequence[Path]) -> tuple[dict[str, Any], Path, list[str]]:
+def load_first(
+    paths: Sequence[Path], read: Callable[[Path], dict[str, Any]] = load
+) -> tuple[dict[str, Any], Path, list[str]]:
     """Read the first of `paths` that is good.
+
+    Args:
+        paths: Checkpoints, the best first.
+        read: Reads one; `training.shards.load` knows those in parts too.
 
     Returns:
         The content, its path, and for each file before it why it was passed over.
@@ -176,7 +205,7 @@ def load_first(paths: Sequence[Path]) -> tuple[dict[str, Any], Path, list[str]]:
     faults: list[str] = []
     for path in paths:
         try:
-            return load(path), path, faults
+            return read(path), path, faults
         except CheckpointError as error:
             faults.append(str(error))
     raise CheckpointError(f"resume must name a whole checkpoint: {'; '.join(faults)}")

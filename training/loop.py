@@ -8,6 +8,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
@@ -16,6 +17,7 @@ from conf.schema import Config, ConfigError
 from data import BrokenImages, ImageData, eval_loader, train_loader
 from data.loading import TrainBatches
 from data.seeding import STEP, derive_seed, seed_global
+from training import fsdp
 from training.distillation import Teacher
 from training.metrics import ClassificationMetrics, cross_entropy
 from training.optimization import build_mixup, build_optimizer, build_schedule, learning_rate
@@ -80,6 +82,14 @@ class Trainer:
             data.val, settings.eval_batch_size or settings.batch_size, **shard, **loading
         )
 
+        # The first process has the most batches.
+        share = math.ceil(len(data.val) / fabric.world_size)
+        self.eval_steps = math.ceil(share / (settings.eval_batch_size or settings.batch_size))
+        if settings.limit_val_batches is not None:
+            self.eval_steps = min(self.eval_steps, settings.limit_val_batches)
+        size = (1, data.in_chans, data.img_size, data.img_size)
+        self.blank = torch.zeros(size, device=fabric.device)
+
         self.worker_shield = WorkerShield()
         for batches in (self.train_batches, self.val_batches):
             batches.loader.worker_init_fn = self.worker_shield
@@ -92,9 +102,24 @@ class Trainer:
 
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
+        if settings.compile:
+            model.compile()
+        self.sharded = settings.strategy == "fsdp"
+        self.ema: ModelEmaV3 | None = None
+        if settings.ema_decay:
+            # A sharded model cannot be copied, and has tensors of two kinds.
+            self.ema = ModelEmaV3(model, decay=settings.ema_decay, foreach=not self.sharded)
+        self.wrapped = fabric.setup_module(model)  # the optimiser is for what this makes of it
+        if self.ema is not None and self.sharded:
+            mesh = cast(ModelParallelStrategy, fabric.strategy).device_mesh
+            fsdp.shard_model(self.ema.module, mesh)
+        elif self.ema is not None:
+            self.ema.module.to(fabric.device)
         lr = learning_rate(config.optimizer, self.global_batch)
         scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
-        self.optimizer = build_optimizer(config.optimizer, model, lr, fused=not scaled)
+        self.optimizer = build_optimizer(
+            config.optimizer, model, lr, fused=not (scaled or self.sharded)
+        )
         self.schedule = build_schedule(
             config.schedule,
             self.optimizer,
@@ -102,10 +127,7 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
         )
         self.mixup = build_mixup(settings, data.num_classes)
-        if settings.compile:
-            model.compile()
-        self.wrapped, self.wrapped_optimizer = fabric.setup(model, self.optimizer)
-        self.ema = ModelEmaV3(model, decay=settings.ema_decay) if settings.ema_decay else None
+        self.wrapped_optimizer = fabric.setup_optimizers(self.optimizer)
 
         self.teacher: Teacher | None = None
         if config.distillation.teacher is not None:
@@ -255,7 +277,7 @@ class Trainer:
         self.wrapped_optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model)
-        return grad_norm
+        return None if grad_norm is None else fsdp.full({"": grad_norm})[""]
 
     def _micro_batch(self, batches: Iterator[Batch], position: int) -> Batch:
         """The next batch as the model sees it; seeds what is random in micro-batch `position`."""
@@ -281,7 +303,7 @@ class Trainer:
         self._losses.clear()
         index = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         parameters = list(self.model.parameters()) if weights else []
-        whole = all(bool(parameter.isfinite().all()) for parameter in parameters)
+        whole = all(bool(fsdp.local(value).isfinite().all()) for value in parameters)
         mine = torch.tensor(index is not None or not whole, device=self.fabric.device).int()
         if int(cast(torch.Tensor, self.fabric.all_reduce(mine, reduce_op="max"))) == 0:
             return
@@ -326,15 +348,20 @@ class Trainer:
         model = self.evaluated_model
         model.eval()
         self.val_metrics.reset()
-        for index, (images, targets) in enumerate(self.val_batches):
-            if index == self.settings.limit_val_batches:
-                break
+        if self.sharded:
+            fsdp.broadcast_buffers(model)
+        batches = iter(self.val_batches)
+        for _ in range(self.eval_steps):
             if self.signals.received is not None and self.fabric.world_size == 1:
                 return None
-            images, targets = self.fabric.to_device((images, targets))
+            batch = next(batches, None)
             # The bare module: processes may have different numbers of batches here.
             with self.fabric.autocast():
-                logits = model(images)
-            self.val_metrics.update(cross_entropy(logits, targets), logits, targets)
+                if batch is not None:
+                    images, targets = self.fabric.to_device(batch)
+                    logits = model(images)
+                    self.val_metrics.update(cross_entropy(logits, targets), logits, targets)
+                elif self.sharded:  # the others need this process's part of the weights
+                    model(self.blank)
         self.broken.gather()  # over its limit a run ends here
         return self.val_metrics.compute()

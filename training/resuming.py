@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, ConfigError
-from training.checkpoint import BEST, LAST, PREVIOUS, differences, load_first
+from training import shards
+from training.checkpoint import BEST, LAST, PREVIOUS, differences, load_first, remove
 
 AUTO = "auto"
 CONFIG = "config.yaml"
@@ -40,7 +41,7 @@ def find(config: Config, run_dir: Path) -> Resumed | None:
     if config.resume is None:
         return None
     target = run_dir if config.resume == AUTO else Path(config.resume)
-    if target.is_dir():
+    if target.is_dir() and not shards.is_sharded(target):
         folder = target
         paths = [folder / name for name in ((BEST,) if config.eval_only else (LAST, PREVIOUS))]
     else:
@@ -52,7 +53,7 @@ def find(config: Config, run_dir: Path) -> Resumed | None:
         if config.resume == AUTO or (folder / CONFIG).is_file():
             return Resumed(folder, in_place)
         raise ConfigError(f"resume must name a folder that holds a run, got {folder}")
-    content, path, faults = load_first(paths)
+    content, path, faults = load_first(paths, shards.load)
     changed = differences(content["config"]["model"], asdict(config.model), "model.")
     if changed:
         raise ConfigError(
@@ -72,4 +73,6 @@ def set_damaged_aside(resumed: Resumed) -> None:
     if resumed.path is not None and resumed.path.name == PREVIOUS:
         damaged = resumed.folder / LAST
         if damaged.exists():
-            os.replace(damaged, damaged.with_name(f"{LAST}.damaged"))
+            aside = damaged.with_name(f"{LAST}.damaged")
+            remove(aside)
+            os.replace(damaged, aside)

@@ -21,8 +21,10 @@ from training.console import RunConsole
 from training.evaluation import FILE as EVALUATION_FILE
 from training.evaluation import PICTURE as RELIABILITY_PICTURE
 from training.evaluation import EvaluationReport
+from training.fsdp import fsdp_strategy, load_model
 from training.loop import Trainer
 from training.model import attention_backend, build_model, freeze_backbone
+from training.processes import environments, layout
 from training.records import Records, read_history
 from training.reporting import Reporter
 from training.resuming import AUTO, CONFIG, Resumed, find, set_damaged_aside
@@ -30,7 +32,7 @@ from training.saving import restore
 from training.signals import RunStopped, requeue
 
 
-def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, float]:
+def run(config: Config, run_dir: Path) -> dict[str, float]:
     """Train, or only evaluate, as `config` says.
 
     Everything that can be wrong with the configuration is found before anything is written.
@@ -38,7 +40,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     Args:
         config: A validated configuration.
         run_dir: Where results go; must exist, and hold no run but one that is continued in place.
-        multirun: The run is one of a sweep, which cannot start processes of its own.
+            Of several processes that of the first counts.
 
     Returns:
         Loss, top-1 and top-5 (percent): of the best epoch, or of the evaluation.
@@ -53,7 +55,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     data = build(config.data)
     resumed = find(config, run_dir)
     precision = resolve_precision(config.trainer)
-    fabric = _make_fabric(config.trainer, precision, multirun=multirun)
+    fabric = _make_fabric(config.trainer, precision)
     console = RunConsole(epochs=config.trainer.epochs, enabled=fabric.is_global_zero)
     if resumed is not None:
         for fault in resumed.faults:
@@ -68,6 +70,7 @@ def run(config: Config, run_dir: Path, *, multirun: bool = False) -> dict[str, f
     if config.trainer.freeze_backbone:
         freeze_backbone(model)
     fabric.launch()
+    run_dir = Path(fabric.broadcast(str(run_dir)))
 
     trainer = Trainer(config, fabric=fabric, model=model, data=data)
     if resumed is not None:
@@ -136,19 +139,17 @@ def resolve_precision(settings: TrainerConfig) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def _make_fabric(settings: TrainerConfig, precision: str, *, multirun: bool) -> Fabric:
+def _make_fabric(settings: TrainerConfig, precision: str) -> Fabric:
     """Fabric for the devices asked for."""
-    devices: str | int | list[int] = settings.devices
-    if settings.devices != "auto":
-        numbers = [int(number) for number in settings.devices.split(",")]
-        devices = numbers if len(numbers) > 1 else numbers[0]
+    devices, num_nodes = layout(settings)
     try:
         fabric = Fabric(
             accelerator=settings.accelerator,
             devices=devices,
-            num_nodes=settings.num_nodes,
-            strategy=settings.strategy,
+            num_nodes=num_nodes,
+            strategy=fsdp_strategy() if settings.strategy == "fsdp" else settings.strategy,
             precision=precision,  # type: ignore[arg-type]
+            plugins=environments(),
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -158,11 +159,6 @@ def _make_fabric(settings: TrainerConfig, precision: str, *, multirun: bool) -> 
     if precision == "16-mixed" and fabric.device.type == "cpu":
         raise ConfigError(
             "trainer.precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'"
-        )
-    if multirun and fabric.world_size > 1:
-        raise ConfigError(
-            "trainer.devices must be 1 in a multirun, whose runs share one process, got "
-            f"{settings.devices}"
         )
     return fabric
 
@@ -185,7 +181,7 @@ def _restore(trainer: Trainer, resumed: Resumed, console: RunConsole) -> None:
         console.line(f"no checkpoint in {resumed.folder} yet: starting from the beginning")
         return
     if config.eval_only:
-        trainer.evaluated_model.load_state_dict(content.get("ema") or content["model"])
+        load_model(trainer.evaluated_model, content.get("ema") or content["model"])
         trainer.epoch, trainer.step = content["epoch"], content["step"]
         console.line(f"weights from {resumed.path}, epoch {content['epoch']}")
         return

@@ -4,7 +4,8 @@
 scaler, position, metrics so far, the number of lines of `metrics.jsonl` and the Weights & Biases
 run id. Learning rate, sample order, augmentation and dropout are functions of the position and the
 seed (see `data.seeding`), so no generator state is stored. `last.1.ckpt` is the one before it.
-`best.ckpt` holds the evaluated weights alone.
+`best.ckpt` holds the evaluated weights alone. Where the model is sharded these two are folders to
+which every process writes its part (`training.shards`), and `best.ckpt` is a file as always.
 """
 
 from copy import deepcopy
@@ -12,8 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+
 from conf.schema import ConfigError
-from training import checkpoint
+from training import checkpoint, fsdp, shards
 from training.checkpoint import BEST, LAST, PREVIOUS
 from training.reporting import Reporter
 
@@ -57,22 +61,60 @@ class Saver:
             "epoch": trainer.epoch_metrics.state_dict(),
             "interval": trainer.interval_metrics.state_dict(),
         }
-        if trainer.fabric.is_global_zero:
-            try:
-                if improved:
-                    self._unsaved_best = self._best()
+        if improved:
+            best = self._best()
+            self._unsaved_best = best if trainer.fabric.is_global_zero else None
+        error: OSError | None = None
+        digest = ""
+        slices: dict[str, torch.Tensor] = {}
+        content = self._last(metrics)
+        if self._in_parts:
+            content = shards.split(content, slices)
+        try:
+            if trainer.fabric.is_global_zero:
                 self._save_best()
-                self._save_last(metrics)
-                self.error = None
-            except OSError as error:
-                self.error = error
-                if improved:  # the weights will have changed when it is tried again
-                    self._unsaved_best = deepcopy(self._unsaved_best)
-                self.reporter.warn(
-                    f"cannot save step {trainer.global_step} to {self.run_dir}: {error}; older "
-                    "checkpoints are as they were; the run goes on and tries again at the next save"
-                )
+                self.reporter.sync()  # the lines that the checkpoint counts
+            if self._in_parts:
+                digest = shards.save_part(self.run_dir / LAST, trainer.fabric.global_rank, slices)
+            elif trainer.fabric.is_global_zero:
+                checkpoint.save(self.run_dir / LAST, content, previous=self.run_dir / PREVIOUS)
+        except OSError as problem:
+            error = problem
+        if self._in_parts:
+            error = self._commit(content, digest, error)
+        self._note(error, improved)
         trainer.fabric.barrier()
+
+    @property
+    def _in_parts(self) -> bool:
+        return fsdp.is_sharded(self.trainer.model)
+
+    def _commit(self, rest: dict[str, Any], digest: str, error: OSError | None) -> OSError | None:
+        """Complete `last.ckpt` if every process has written its part; gives the first error."""
+        results: list[tuple[str, OSError | None]] = [("", None)] * self.trainer.fabric.world_size
+        dist.all_gather_object(results, (digest, error))
+        error = next((problem for _, problem in results if problem is not None), None)
+        path = self.run_dir / LAST
+        if error is None and self.trainer.fabric.is_global_zero:
+            try:
+                digests = [digest for digest, _ in results]
+                shards.commit(path, rest, digests, previous=self.run_dir / PREVIOUS)
+            except OSError as problem:
+                error = problem
+        if error is not None and self.trainer.fabric.is_global_zero:
+            shards.discard(path)
+        return error
+
+    def _note(self, error: OSError | None, improved: bool) -> None:
+        """Remember that the newest state is on disk, or why it is not."""
+        self.error = error if self.trainer.fabric.is_global_zero else None
+        if self.error is not None:
+            if improved:  # the weights will have changed when it is tried again
+                self._unsaved_best = deepcopy(self._unsaved_best)
+            self.reporter.warn(
+                f"cannot save step {self.trainer.global_step} to {self.run_dir}: {error}; older "
+                "checkpoints are as they were; the run goes on and tries again at the next save"
+            )
 
     def finish(self) -> None:
         """The run has ended.
@@ -93,7 +135,7 @@ class Saver:
             "epoch": trainer.epoch,
             "step": trainer.step,
             "best": trainer.best,
-            "model": trainer.evaluated_model.state_dict(),
+            "model": fsdp.full(trainer.evaluated_model.state_dict()),
         }
 
     def _save_best(self) -> None:
@@ -101,10 +143,9 @@ class Saver:
             checkpoint.save(self.run_dir / BEST, self._unsaved_best)
             self._unsaved_best = None
 
-    def _save_last(self, metrics: dict[str, Any]) -> None:
+    def _last(self, metrics: dict[str, Any]) -> dict[str, Any]:
         trainer = self.trainer
-        self.reporter.sync()  # the lines that the checkpoint counts
-        content = {
+        return {
             "config": asdict(trainer.config),
             "epoch": trainer.epoch,
             "step": trainer.step,
@@ -119,7 +160,6 @@ class Saver:
             "lines": self.reporter.lines,
             "wandb_id": self.reporter.wandb_id,
         }
-        checkpoint.save(self.run_dir / LAST, content, previous=self.run_dir / PREVIOUS)
 
 
 def restore(trainer: "Trainer", content: dict[str, Any]) -> None:
@@ -146,10 +186,10 @@ def restore(trainer: "Trainer", content: dict[str, Any]) -> None:
             "trainer.ema_decay must be set if and only if the checkpoint's run had it set, got "
             f"{settings.ema_decay}"
         )
-    trainer.model.load_state_dict(content["model"])
+    fsdp.load_model(trainer.model, content["model"])
     if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(content["ema"])
-    trainer.optimizer.load_state_dict(content["optimizer"])
+        fsdp.load_model(trainer.ema.module, content["ema"])
+    fsdp.load_optimizer(trainer.optimizer, content["optimizer"])
     trainer.fabric.strategy.precision.load_state_dict(content["scaler"])
     trainer.epoch, trainer.step = content["epoch"], content["step"]
     trainer.best = content["best"]
