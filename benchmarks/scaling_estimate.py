@@ -44,7 +44,6 @@ class Estimate:
     """One run: times in seconds, rates per second."""
 
     global_batch: int
-    learning_rate: float
     gpu_images: float
     compute: float
     reduce_bytes: float
@@ -84,7 +83,6 @@ def estimate(model: str, gpus: int, batch: int, given: Assumptions) -> Estimate:
     node_images = batch / step * min(gpus, given.gpus_per_node)
     return Estimate(
         global_batch=gpus * batch,
-        learning_rate=5e-4 * gpus * batch / 512,
         gpu_images=speed,
         compute=batch / speed,
         reduce_bytes=gradient,
@@ -100,12 +98,10 @@ def estimate(model: str, gpus: int, batch: int, given: Assumptions) -> Estimate:
 
 def report(given: Assumptions, plans: Sequence[tuple[int, int]] = PLANS) -> str:
     """The assumptions and a table in Markdown."""
-    values = [f"{field.name} {getattr(given, field.name):g}" for field in fields(given)]
-    lines = [f"Assumed: {', '.join(values)}"]
+    lines = [f"{field.name} = {getattr(given, field.name):g}" for field in fields(given)]
     head = (
-        "model | GPUs · images | global batch | peak rate, linear | images/s a GPU | compute, ms | "
-        "all-reduce, MB | ms | step, ms | steps | images/s a node | MB/s a node | cores a node | "
-        "hours | GPU hours"
+        "model | GPUs · images | global batch | images/s a GPU | compute, ms | all-reduce, MB | "
+        "ms | step, ms | steps | images/s a node | MB/s a node | cores a node | hours | GPU hours"
     )
     lines += ["", f"| {head} |", "|---" * len(head.split("|")) + "|"]
     for model in MODELS:
@@ -115,7 +111,6 @@ def report(given: Assumptions, plans: Sequence[tuple[int, int]] = PLANS) -> str:
                 model,
                 f"{gpus} · {batch}",
                 f"{row.global_batch:,}",
-                f"{row.learning_rate:.1e}",
                 f"{row.gpu_images:,.0f}",
                 f"{row.compute * 1e3:.1f}",
                 f"{row.reduce_bytes / 1e6:.0f}",
