@@ -1,21 +1,14 @@
 """The command line of a run that continues another: the other's arguments need no repeating."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from conf.launchers import launcher_arguments
 from conf.schema import ConfigError
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # where Hydra keeps a run's arguments
-
-LAUNCHERS = {  # module and extra of each launcher
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "launchers"),
-    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
-    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "launchers"),
-    "ray": ("hydra_plugins.hydra_ray_launcher", "ray"),
-}
 
 
 def key_of(argument: str) -> str:
@@ -40,8 +33,9 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: They cannot be followed; names the argument.
     """
-    check_launcher(arguments)
-    return keep_to_itself(expand_resume(arguments))
+    launcher = _value(arguments, "hydra/launcher")
+    settings = launcher_arguments(launcher, {key_of(argument) for argument in arguments})
+    return keep_to_itself([*expand_resume(arguments), *settings])
 
 
 def expand_resume(arguments: list[str]) -> list[str]:
@@ -109,28 +103,6 @@ def keep_to_itself(arguments: list[str]) -> list[str]:
     if _value(arguments, "hydra.run.dir") is None:
         quiet += ["hydra.run.dir=.", "hydra/job_logging=stdout"]
     return [*arguments, *quiet]
-
-
-def check_launcher(arguments: list[str]) -> None:
-    """A launcher that is asked for must be installed.
-
-    Raises:
-        ConfigError: It is not; says what to install.
-    """
-    name = _value(arguments, "hydra/launcher")
-    module, extra = LAUNCHERS.get(name or "", ("hydra", ""))
-    if not _is_installed(module):
-        raise ConfigError(
-            f"hydra/launcher={name} needs a package that is not installed: "
-            f'pip install -e ".[{extra}]"'
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
-        return False
 
 
 def _read(path: Path) -> list[str]:

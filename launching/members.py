@@ -103,7 +103,7 @@ def _places(settings: TrainerConfig, launcher: Any) -> Places:
     if "n_jobs" in launcher:  # joblib
         jobs = launcher.n_jobs if launcher.n_jobs > 0 else cores + 1 + launcher.n_jobs
     else:  # submitit starts all jobs at once
-        jobs = cores // launcher.cpus_per_task
+        jobs = cores // (launcher.cpus_per_task or 1)
     gpus = visible_gpus(settings.accelerator)
     return plan(settings, jobs=max(1, jobs), gpus=gpus, cores=cores)
 

@@ -14,10 +14,11 @@ import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from ranks import FOCAL, TINY
 
-from conf import ConfigError, compose, expand_arguments
-from conf.arguments import LAUNCHERS
+from conf import ConfigError, compose, expand_arguments, register_schemas
+from conf.launchers import LAUNCHERS, Launcher
 from launching import members, places
 from launching.members import MemberError, member_command, run_member
 from training import checkpoint
@@ -167,17 +168,19 @@ def test_jobs_at_the_same_time_hold_different_gpus(
     monkeypatch.setattr(members, "visible_gpus", lambda accelerator: ("2", "5", "7"))
     errors: list[BaseException] = []
 
-    def job(number: int, devices: int) -> None:
+    settings = [compose(f"trainer.devices={devices}").trainer for devices in (1, 2)]
+
+    def job(number: int) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         config = hydra_config("joblib")
         config.launcher = Settings(n_jobs=-1)
         try:
-            run_member(compose(f"trainer.devices={devices}").trainer, config, folder)
+            run_member(settings[number % 2], config, folder)
         except BaseException as error:
             errors.append(error)
 
-    jobs = [threading.Thread(target=job, args=(i, 1 + i % 2)) for i in range(4)]
+    jobs = [threading.Thread(target=job, args=(number,)) for number in range(4)]
     for thread in jobs:
         thread.start()
     for thread in jobs:
@@ -295,13 +298,24 @@ def test_a_sweep_that_is_continued_needs_a_folder_that_stays_the_same() -> None:
 def test_a_launcher_that_is_not_installed_is_told_with_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(LAUNCHERS, "joblib", ("no_such_package.launcher", "launchers"))
+    monkeypatch.setitem(LAUNCHERS, "joblib", Launcher("no_such_package.launcher", "launchers"))
     with pytest.raises(ConfigError, match=r'hydra/launcher=joblib .* pip install -e "\.\[launch'):
         expand_arguments(["-m", "hydra/launcher=joblib"])
 
 
 @pytest.mark.parametrize("name", sorted(LAUNCHERS))
-def test_every_launcher_composes(name: str) -> None:
+def test_every_launcher_composes_with_its_settings_and_those_of_the_command(name: str) -> None:
+    pytest.importorskip(LAUNCHERS[name].module)
+    given = {} if name == "ray" else {"hydra.launcher.submitit_folder": "here"}
+    if name == "joblib":
+        given = {"hydra.launcher.n_jobs": "3", "hydra.launcher.batch_size": "2"}
+    arguments = [f"hydra/launcher={name}", *(f"{key}={value}" for key, value in given.items())]
+    register_schemas()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = hydra_compose("config", [f"hydra/launcher={name}"], return_hydra_config=True)
-    assert config.hydra.launcher._target_.startswith("hydra_plugins.")
+        config = hydra_compose("config", expand_arguments(arguments), return_hydra_config=True)
+    expected = {
+        f"hydra.launcher.{key.lstrip('+')}": value
+        for key, value in LAUNCHERS[name].settings.items()
+    }
+    for key, value in {**expected, **given}.items():
+        assert str(OmegaConf.select(config, key)) == value, key
