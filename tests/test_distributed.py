@@ -125,9 +125,8 @@ def continued(runs: Path) -> Path:
     in_processes(2, lambda: go_on("two", source, *two, "trainer.strategy=fsdp"))
     in_processes(2, lambda: go_on("two_from_file", plain, *two, "trainer.strategy=fsdp"))
     in_processes(4, lambda: go_on("four", source, "trainer.batch_size=4", "trainer.strategy=fsdp"))
-    in_processes(
-        1, lambda: go_on("one_sharded", source, "trainer.batch_size=16", "trainer.strategy=fsdp")
-    )
+    often = ("trainer.batch_size=16", "trainer.strategy=fsdp", "trainer.checkpoint_every=1")
+    in_processes(1, lambda: go_on("one_sharded", source, *often))
     go_on("one_plain", source, "trainer.batch_size=16")
     last = f"resume={runs / 'one_sharded' / 'last.1.ckpt'}"
     in_processes(2, lambda: go_on("two_from_one", last, *two, "trainer.strategy=fsdp"))
