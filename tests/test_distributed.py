@@ -58,7 +58,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for model in TIMM:
                 name = model[1].split("=")[1]
-                options = (*MOMENTUM, "data.img_size=32", f"trainer.strategy={strategy}")
+                options = (*MOMENTUM, "data.img_size=32", "trainer.epochs=1")
+                options += (f"trainer.strategy={strategy}",)
                 train(root / f"{strategy}_{name}", *options, model=model)
 
     train(root / "one", "trainer.batch_size=16")
@@ -122,8 +123,12 @@ def continued(runs: Path) -> Path:
         train(runs / name, *ADAM, *options)
 
     two = ("trainer.batch_size=4", "trainer.accumulate=2", "trainer.limit_train_batches=8")
-    in_processes(2, lambda: go_on("two", source, *two, "trainer.strategy=fsdp"))
-    in_processes(2, lambda: go_on("two_from_file", plain, *two, "trainer.strategy=fsdp"))
+
+    def on_two() -> None:
+        go_on("two", source, *two, "trainer.strategy=fsdp")
+        go_on("two_from_file", plain, *two, "trainer.strategy=fsdp")
+
+    in_processes(2, on_two)
     in_processes(4, lambda: go_on("four", source, "trainer.batch_size=4", "trainer.strategy=fsdp"))
     often = ("trainer.batch_size=16", "trainer.strategy=fsdp", "trainer.checkpoint_every=1")
     in_processes(1, lambda: go_on("one_sharded", source, *often))

@@ -1,15 +1,11 @@
 """`python train.py` as a user runs it."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -42,26 +38,6 @@ def python_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
         timeout=300,
         check=False,
     )
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    two = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.batch_size=8")
-    for name, options in (("one", ("trainer.batch_size=16",)), ("two", two)):
-        done = python_train(tmp_path, *TINY, *options, f"hydra.run.dir={name}")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("results in") == 1
-    one, both = (checkpoint.load(tmp_path / name / "last.ckpt") for name in ("one", "two"))
-    for name, value in one["model"].items():
-        torch.testing.assert_close(both["model"][name], value, rtol=1e-3, atol=1e-5)
-    records = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert len(records[0]) == len(records[1])
-    for alone, shared in zip(*records, strict=True):
-        assert shared["step"] == alone["step"]
-        for name in {"loss", "val_loss", "val_top1", "val_top5", "lr"} & alone.keys():
-            assert shared[name] == pytest.approx(alone[name], rel=1e-3)
 
 
 def test_each_run_of_a_sweep_has_a_folder_of_its_own(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from conf.schema import Config, ConfigError
+from conf.schema import Config, ConfigError, SGDConfig
 from data import BrokenImages, ImageData, eval_loader, train_loader
 from data.loading import TrainBatches
 from data.seeding import STEP, derive_seed, seed_global
@@ -117,9 +117,9 @@ class Trainer:
             self.ema.module.to(fabric.device)
         lr = learning_rate(config.optimizer, self.global_batch)
         scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
-        self.optimizer = build_optimizer(
-            config.optimizer, model, lr, fused=not (scaled or self.sharded)
-        )
+        # PyTorch has no fused SGD for sharded parameters.
+        fused = not (scaled or (self.sharded and isinstance(config.optimizer, SGDConfig)))
+        self.optimizer = build_optimizer(config.optimizer, model, lr, fused=fused)
         self.schedule = build_schedule(
             config.schedule,
             self.optimizer,

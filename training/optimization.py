@@ -38,8 +38,7 @@ def build_optimizer(
         model: Whose parameters to optimise.
         lr: Peak learning rate.
         fused: Use PyTorch's fused step. It unscales float16 gradients itself, so Fabric cannot clip
-            them before it: pass False where a loss scaler is at work, and where parameters are
-            sharded, for which not all fused steps are made.
+            them before it: pass False where a loss scaler is at work.
     """
     if isinstance(config, AdamWConfig):
         name = "adamw"
