@@ -56,7 +56,7 @@ def seeds(sweep: Path) -> list[int]:
 def test_torchrun_starts_one_run_of_all_its_processes(tmp_path: Path) -> None:
     started = python(
         tmp_path,
-        *("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
         str(ROOT / "train.py"),
         *SHORT,
     )
