@@ -118,12 +118,14 @@ def in_processes(
     for process in processes:
         process.start()
     try:
-        found = sorted(results.get(timeout=120) for _ in processes)
-        errors = [error for _, _, error in found if error is not None]
-        assert not errors, "\n".join(errors)
-        return [value for _, value, _ in found]
+        found = {}
+        for _ in processes:
+            rank, value, error = results.get(timeout=120)
+            assert error is None, f"process {rank}: {error}"  # the others may wait for it
+            found[rank] = value
+        return [found[rank] for rank in range(count)]
     finally:
         for process in processes:
-            process.join(timeout=5)
+            process.join(timeout=2)
             if process.is_alive():
                 process.kill()

@@ -12,6 +12,7 @@ from lightning_fabric.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 
 from conf.schema import Config, ConfigError, SGDConfig
 from data import BrokenImages, ImageData, eval_loader, train_loader
@@ -127,7 +128,7 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
         )
         self.mixup = build_mixup(settings, data.num_classes)
-        self.wrapped_optimizer = fabric.setup_optimizers(self.optimizer)
+        self.wrapped_optimizer = cast(Optimizer, fabric.setup_optimizers(self.optimizer))
 
         self.teacher: Teacher | None = None
         if config.distillation.teacher is not None:

@@ -4,6 +4,7 @@ Fabric starts the processes of one machine itself, unless torchrun or srun did.
 """
 
 import os
+from typing import Any
 
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
@@ -28,7 +29,7 @@ def _slurm_tasks() -> int:
     return int(os.environ.get("SLURM_NTASKS", "0"))
 
 
-def environments() -> list[LightningEnvironment]:
+def environments() -> list[Any]:
     """Fabric's plugins: a single task of SLURM starts the processes of its machine itself."""
     return [LightningEnvironment()] if _slurm_tasks() == 1 else []
 

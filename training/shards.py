@@ -38,7 +38,7 @@ def split(tree: Any, slices: dict[str, torch.Tensor], name: str = "") -> Any:
     if isinstance(tree, DTensor):
         (placement,) = tree.placements
         assert placement == Shard(0)
-        slices[name] = tree.detach().to_local().to("cpu", copy=True)
+        slices[name] = tree.to_local().detach().to("cpu", copy=True)
         return {_SLICES: name}
     if isinstance(tree, dict):
         return {key: split(value, slices, f"{name}/{key}") for key, value in tree.items()}
