@@ -3,6 +3,7 @@
 The processes are forked from the test's own, which has imported everything already.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -41,6 +42,7 @@ TINY = (
     "trainer.precision=32-true",
 )
 
+TIMEOUT = float(os.environ.get("RANKS_TIMEOUT", "120"))  # seconds
 Environment = Callable[[int, int, int], dict[str, str]]  # of a rank, their count and a port
 
 
@@ -91,6 +93,7 @@ def _process(
 ) -> None:
     torch.set_num_threads(1)  # the pool of threads did not survive the fork
     os.environ.update(variables)
+    faulthandler.dump_traceback_later(TIMEOUT - 5, exit=True)  # says where a process hangs
     Records.draw = lambda self: None  # type: ignore[method-assign]  # half of a run's time
     try:
         results.put((rank, function(), None))
@@ -120,7 +123,7 @@ def in_processes(
     try:
         found = {}
         for _ in processes:
-            rank, value, error = results.get(timeout=120)
+            rank, value, error = results.get(timeout=TIMEOUT)
             assert error is None, f"process {rank}: {error}"  # the others may wait for it
             found[rank] = value
         return [found[rank] for rank in range(count)]
