@@ -119,10 +119,12 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
         if times:
             kinds[instruction.kind] += times
     executed = sum(executions)
+    images = case.batch if work.images is None else work.images
     threads = math.prod(launch.grid) * warps * limits.lanes
     exponentials = totals.exponentials / work.exponentials if work.exponentials else None
     return Row(
         case=case.name,
+        direction=launch.direction,
         kernel=launch.name,
         dtype=name,
         target=target,
@@ -134,15 +136,15 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
         tensor_kind=" ".join(sorted(tensor)),
         tensor_instructions=tensor.total(),
         products=float(totals.products(work)),
-        row_bytes=min(rows),
+        row_bytes=min(rows, default=None),
         narrow_rows=sum(wide < WIDEST_ACCESS for wide in rows),
         bias_bytes=min((i.access.bytes for i in reached if i.access and is_bias(i)), default=None),
-        row_traffic=float(totals.row_bytes / work.row_bytes),
+        row_traffic=float(totals.row_bytes / work.row_bytes) if work.row_bytes else None,
         loads=dict(sorted(Counter(a.bytes for a in accesses if not a.store).items())),
         stores=dict(sorted(Counter(a.bytes for a in accesses if a.store).items())),
         instructions=len(reached),
         executed=float(executed),
-        per_pair=float(threads * executed / (work.images * layer_pairs(replace(case, batch=1)))),
+        per_pair=float(threads * executed / (images * layer_pairs(replace(case, batch=1)))),
         exponentials=None if exponentials is None else float(exponentials),
         kinds={kind: float(number) for kind, number in sorted(kinds.items())},
     )

@@ -40,11 +40,12 @@ ROW_TENSORS = ("key", "part_ptr", "key_part_ptr")  # one of them is an argument 
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its grid and its keyword arguments."""
+    """A recorded launch: the kernel, its grid, its keyword arguments and the pass it is part of."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    direction: str
 
     @property
     def name(self) -> str:
@@ -91,7 +92,7 @@ class Work:
         exponentials: Of scores, over whole tiles.
         pairs: Query-key pairs, those of a tile's padding left out; 0 without scores.
         row_bytes: Least bytes of rows of tokens, cells and the workspace loaded, over whole tiles.
-        images: That the whole launch works on.
+        images: That the whole launch works on; None for the same work however many there are.
     """
 
     loops: tuple[tuple[Fraction, ...], ...]
@@ -99,7 +100,7 @@ class Work:
     exponentials: Fraction
     pairs: Fraction
     row_bytes: Fraction
-    images: Fraction = Fraction(1)
+    images: Fraction | None = Fraction(1)
 
     @property
     def multiply_adds(self) -> Fraction:
@@ -257,7 +258,13 @@ def _copy(trips: Fraction | None, row_bytes: Fraction, images: Fraction) -> Work
     return Work(loops, (), Fraction(0), Fraction(0), row_bytes, images)
 
 
+def _bias_layout(launch: Launch) -> Work:
+    """A few numbers of a table for each thread, once a call."""
+    return Work((), (), Fraction(0), Fraction(0), Fraction(0), images=None)
+
+
 RULES: dict[str, Callable[[Launch], Work]] = {
+    "bias_kernel": _bias_layout,
     "forward_kernel": _forward,
     "delta_kernel": _delta,
     "gradient_kernel": _gradient,

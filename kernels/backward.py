@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import GradientPlan, Problem, acc_type, token_map
+from kernels.bias_layout import launch_bias
+from kernels.gradient_plan import GradientPlan
+from kernels.launch import Problem, acc_type, token_map
 from kernels.tiles import (
     exclude,
     image_ptr,
@@ -346,7 +348,7 @@ def launch_backward(
         "grad_out": token_map(grad_out),
         "coarse_k_ptr": problem.coarse_key,
         "coarse_v_ptr": problem.coarse_value,
-        "bias_ptr": problem.fragment_bias(bias, shape, tile.block_m),
+        "bias_ptr": launch_bias(bias, problem, shape, tile.block_m),
         "stats_ptr": stats,
         "delta_ptr": delta,
         "seed_ptr": problem.seed_ptr,

@@ -348,7 +348,7 @@ def pool_tile(
 
 @triton.jit
 def load_bias(ptr, k, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`[BLOCK_M, BLOCK_N]` from key ``k`` of a level on; see `Problem.fragment_bias`."""
+    """`[BLOCK_M, BLOCK_N]` from key ``k`` of a level on; see `kernels.bias_layout`."""
     ROW: tl.constexpr = 8 * BLOCK_M
     j = (L.column + k) // 8 + tl.arange(0, BLOCK_N // 8)
     bias = tl.load(ptr + j[:, None] * ROW + tl.arange(0, ROW)[None, :])
