@@ -5,7 +5,7 @@
 
 Each row tells registers, spills, shared memory, resident blocks, tensor-core instructions, widths
 of global accesses, and the instructions that a program executes: those of each loop times its
-trips, which `benchmarks.work` takes from the launch and checks against the products and
+trips, which `benchmarks.trips` fits to the launch and checks against the products and
 exponentials that the tiles take. Below, `benchmarks.floors` puts the least that a layer must move
 and do beside what the kernels move and do.
 """
@@ -46,7 +46,8 @@ from benchmarks.compiled import (
 )
 from benchmarks.floors import floors, print_floors
 from benchmarks.limits import TARGETS
-from benchmarks.work import Launch, Totals, solve_trips, work_of
+from benchmarks.trips import Totals, solve_trips
+from benchmarks.work import Launch, work_of
 from kernels import backward, tiles
 
 __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "report"]

@@ -13,7 +13,7 @@ what every program asks for: rows of tiles, bias, workspace.
 
 **Least operations.** Two per multiply-add: two products over the distinct pairs of queries and
 keys on the map in forward, five in backward (the scores again, and the gradients of the weights,
-q, k and v). *Issued* counts whole tiles, as `benchmarks.work` checks against the machine code.
+q, k and v). *Issued* counts whole tiles, as `benchmarks.trips` checks against the machine code.
 """
 
 from __future__ import annotations
