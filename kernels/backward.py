@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.bias_layout import launch_bias
 from kernels.gradient_plan import GradientPlan
-from kernels.launch import Problem, acc_type, token_map
+from kernels.launch import COPYING_THREADS, Problem, acc_type, token_map, warp_size
 from kernels.tiles import (
     exclude,
     image_ptr,
@@ -379,7 +379,7 @@ def launch_backward(
                 level_start=part.start,
                 L=part.level,
                 BLOCK_M=tile.block_m,
-                **options,
+                **problem.options(tile, part.level.block),
             )
             grad_k, grad_v = (grad_key, grad_value) if part.level.fine else grad_coarse
             fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](
@@ -394,7 +394,7 @@ def launch_backward(
                 L=part.level,
                 BLOCKS=plan.query_blocks,
                 BLOCK=FOLD_BLOCK,
-                num_warps=4,
+                num_warps=COPYING_THREADS // warp_size(query.device),
             )
         fold_queries_kernel[(items * plan.query_blocks, heads)](
             part_ptr=query_part,

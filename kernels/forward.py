@@ -162,7 +162,8 @@ def launch_forward(
         return out, stats
     tile = problem.tile("forward")
     levels = problem.levels(
-        cut_with_tail(keys, tile.block_n) for keys in problem.geometry.keys_per_level
+        cut_with_tail(keys, tile.block_n, problem.least_keys(tile, level))
+        for level, keys in enumerate(problem.geometry.keys_per_level)
     )
     shape = problem.shape(levels, tile.block_m, query, key, value)
     items = query.shape[0] * problem.num_windows

@@ -29,6 +29,9 @@ __all__ = [
 
 LOG2E = 1.4426950408889634
 FLOAT64_TILE = Tile(64, 64, 4, 1)  # float64 runs under the interpreter alone, where fewer is faster
+LEAST_SIDE = 16  # of a tile that a tensor core takes
+WIDEST_ACCESS = 16  # bytes of a thread
+COPYING_THREADS = 128  # of a kernel that moves 32 rows of 32 16-bit numbers at a time
 LARGEST_HEAD_TILE = Tile(16, 16, 8, 1)
 
 
@@ -49,7 +52,7 @@ def pick_tile(
     else:
         key = (kernel, padded_head_dim(head_dim), dtype.itemsize)
         tile = TABLE.get((*key, target)) or TABLE.get((*key, ANY_TARGET), LARGEST_HEAD_TILE)
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(num_queries)))
+    block_m = min(tile.block_m, max(LEAST_SIDE, triton.next_power_of_2(num_queries)))
     return replace(tile, block_m=block_m)
 
 
@@ -63,9 +66,14 @@ def device_target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp."""
+    return 64 if device_target(device).startswith("gfx") else 32
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """A tile's last axis: a power of two, and at least the 16 that a tensor core takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """A tile's last axis: a power of two, and wide enough for a tensor core."""
+    return max(LEAST_SIDE, triton.next_power_of_2(head_dim))
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -80,12 +88,12 @@ class Cut(NamedTuple):
     tail: tuple[tuple[int, int], ...]
 
 
-def cut_with_tail(keys: int, block: int) -> Cut:
-    """Whole tiles, then smaller ones, powers of two from 16 up: least padding."""
+def cut_with_tail(keys: int, block: int, least: int) -> Cut:
+    """Whole tiles, then smaller ones, powers of two from ``least`` up: least padding."""
     start = full = keys // block * block
     tail = []
     while start < keys:
-        rest = _round_up(keys - start, 16)
+        rest = _round_up(keys - start, least)
         size = 1 << (rest.bit_length() - 1)
         tail.append((start, size))
         start += size
@@ -94,7 +102,7 @@ def cut_with_tail(keys: int, block: int) -> Cut:
 
 def cut_evenly(keys: int, block: int) -> Cut:
     """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
-    block = min(block, max(16, triton.next_power_of_2(keys)))
+    block = min(block, max(LEAST_SIDE, triton.next_power_of_2(keys)))
     return Cut(block, _round_up(keys, block), ())
 
 
@@ -161,10 +169,35 @@ class Problem:
         target = device_target(self.coarse_key.device)
         return pick_tile(kernel, self.query_shape[4], self.dtype, self.geometry.num_queries, target)
 
-    def options(self, tile: Tile) -> dict[str, int]:
-        """A kernel's options for the compiler."""
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if device_target(self.coarse_key.device).startswith("gfx"):
+    def least_keys(self, tile: Tile, level: int) -> int:
+        """Keys of a level's smallest tile: 16 bytes of it for each thread that loads it."""
+        if level > 0 and self.pools:  # not keys but whole tiles of tokens are loaded
+            return LEAST_SIDE
+        threads = tile.num_warps * warp_size(self.coarse_key.device)
+        return max(LEAST_SIDE, min(tile.block_n, threads * WIDEST_ACCESS // self.row_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's row in a tile."""
+        return padded_head_dim(self.query_shape[4]) * self.dtype.itemsize
+
+    def options(self, tile: Tile, keys: int | None = None) -> dict[str, int]:
+        """A kernel's options for the compiler.
+
+        Args:
+            tile: Its launch configuration.
+            keys: Of its only tile, if that may be too small for 16 bytes to every thread: it then
+                takes fewer warps.
+        """
+        warps, target = tile.num_warps, device_target(self.coarse_key.device)
+        if keys is not None:
+            threads = keys * self.row_bytes // WIDEST_ACCESS
+            warps = max(1, min(warps, threads // warp_size(self.coarse_key.device)))
+        options = {"num_warps": warps, "num_stages": tile.num_stages}
+        if warps < tile.num_warps and target.startswith("sm_"):
+            # Else the compiler aims at more blocks than it has registers for, and spills.
+            options["maxnreg"] = 255
+        if target.startswith("gfx"):
             # AMD's matrix instructions are 32 or 16 rows high: four warps share 64 rows only by 16,
             # and would make every product twice by 32.
             options["matrix_instr_nonkdim"] = 16

@@ -24,7 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.geometry import FocalGeometry
-from kernels.launch import acc_type, offsets_fit, padded_head_dim, sum_dtype, token_map
+from kernels.launch import (
+    COPYING_THREADS,
+    acc_type,
+    offsets_fit,
+    padded_head_dim,
+    sum_dtype,
+    token_map,
+    warp_size,
+)
 from kernels.tiles import (
     PoolShape,
     Size,
@@ -135,7 +143,7 @@ class PoolProblem:
     dtype: torch.dtype
     level: int
 
-    BLOCK = 32  # cells of a tile: 16 bytes for each of 128 threads
+    BLOCK = 32  # cells of a tile
 
     @cached_property
     def num_cells(self) -> int:
@@ -161,7 +169,7 @@ class PoolProblem:
             "SUB": self.geometry.levels[self.level].subwindow_size,
             "BLOCK": self.BLOCK,
             "ACC_TYPE": acc_type(self.dtype),
-            "num_warps": 4,
+            "num_warps": COPYING_THREADS // warp_size(key.device),
         }
 
 

@@ -29,6 +29,7 @@ NVIDIA = ["sm_80", "sm_90", "sm_100"]
 AMD = ["gfx942", "gfx950"]
 WITH_PRODUCTS = ["forward_kernel", "gradient_kernel (coarse)", "gradient_kernel (fine)"]
 WITHOUT = [
+    "bias_kernel",
     "delta_kernel",
     "fold_keys_kernel (coarse)",
     "fold_keys_kernel (fine)",
@@ -148,7 +149,8 @@ def not_yet(cases: list, failing: dict) -> list:
 @pytest.mark.parametrize("target", NVIDIA + AMD)
 def test_every_product_of_the_first_stage_is_on_tensor_cores(target):
     rows = first_stage(target)
-    assert sorted(row["kernel"] for row in rows) == sorted(WITH_PRODUCTS + WITHOUT)
+    # Forward and backward lay out the bias for tiles of their own.
+    assert sorted(row["kernel"] for row in rows) == sorted([*WITH_PRODUCTS, *WITHOUT, WITHOUT[0]])
     check_limits(rows)
     for row in rows:
         assert (row["tensor_instructions"] > 0) == (row["kernel"] in WITH_PRODUCTS), row
@@ -220,16 +222,19 @@ def test_pooling_inside_is_reported_where_the_operator_takes_it():
 def test_layer_sums_the_kernels_of_a_pass():
     saved = report("--targets", "sm_90", "--dtypes", "float16", "--stages", "1")
     (layer,) = saved["layers"]
-    per_pair = {row["kernel"]: row["per_pair"] for row in saved["rows"]}
-    forward = per_pair.pop("forward_kernel"), per_pair.pop("pool_kernel")
-    assert (layer["forward"], layer["pooling"]) == forward
-    assert layer["backward"] == pytest.approx(sum(per_pair.values()))
-    assert layer["ratio"] == pytest.approx(sum(per_pair.values()) / sum(forward))
+    forward, backward = (
+        {row["kernel"]: row["per_pair"] for row in saved["rows"] if row["direction"] == name}
+        for name in ("forward", "backward")
+    )
+    names = {"forward": "forward_kernel", "pooling": "pool_kernel", "bias": "bias_kernel"}
+    assert forward == {kernel: layer[name] for name, kernel in names.items()}
+    assert layer["backward"] == pytest.approx(sum(backward.values()))
+    assert layer["ratio"] == pytest.approx(sum(backward.values()) / sum(forward.values()))
 
 
 def test_later_stages_do_not_spill_in_bfloat16():
     rows = report("--targets", "sm_90", "--dtypes", "bfloat16", "--stages", "2", "4")["rows"]
-    assert len(rows) == 9 + 10  # pooling inside at the last stage
+    assert len(rows) == 11 + 13  # pooling inside at the last stage
     check_limits(rows)
     assert {row["spilled_bytes"] for row in rows} == {0}
 
@@ -299,7 +304,7 @@ def test_report_saves_rows_layers_floors_versions_and_limits():
     saved = report(*options)
     assert {row["target"] for row in saved["rows"]} == set(saved["targets"]) == {"sm_90"}
     assert {row["case"] for row in saved["rows"]} == {"stage 4"}
-    assert len(saved["rows"]) == 10
+    assert len(saved["rows"]) == 13
     assert all(row["instructions"] > 0 for row in saved["rows"])
     assert len(saved["layers"]) == 1
     assert saved["versions"]["torch"] == torch.__version__
