@@ -48,7 +48,7 @@ from benchmarks.floors import floors, print_floors
 from benchmarks.limits import TARGETS
 from benchmarks.trips import Totals, solve_trips
 from benchmarks.work import Launch, work_of
-from kernels import backward, tiles
+from kernels import fold, tiles
 
 __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "report"]
 
@@ -57,8 +57,8 @@ __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "repo
 ROW_ACCESS = (
     tiles.load_rows,
     tiles.store_rows,
-    backward.fold_queries_kernel,
-    backward.fold_keys_kernel,
+    fold.fold_queries_kernel,
+    fold.fold_keys_kernel,
 )
 BIAS_ACCESS = (tiles.load_bias,)
 WIDEST_ACCESS = 16  # bytes of a thread that every target has
