@@ -5,7 +5,7 @@
 
 Each row tells registers, spills, shared memory, resident blocks, tensor-core instructions, widths
 of global accesses, and the instructions that a program executes: those of each loop times its
-trips, which `benchmarks.work` takes from the launch and checks against the products and
+trips, which `benchmarks.trips` fits to the launch and checks against the products and
 exponentials that the tiles take. Below, `benchmarks.floors` puts the least that a layer must move
 and do beside what the kernels move and do.
 """
@@ -46,8 +46,9 @@ from benchmarks.compiled import (
 )
 from benchmarks.floors import floors, print_floors
 from benchmarks.limits import TARGETS
-from benchmarks.work import Launch, Totals, solve_trips, work_of
-from kernels import backward, tiles
+from benchmarks.trips import Totals, solve_trips
+from benchmarks.work import Launch, work_of
+from kernels import fold, tiles
 
 __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "report"]
 
@@ -56,8 +57,8 @@ __all__ = ["KERNELS", "RELEASED", "Case", "Row", "describe", "print_rows", "repo
 ROW_ACCESS = (
     tiles.load_rows,
     tiles.store_rows,
-    backward.fold_queries_kernel,
-    backward.fold_keys_kernel,
+    fold.fold_queries_kernel,
+    fold.fold_keys_kernel,
 )
 BIAS_ACCESS = (tiles.load_bias,)
 WIDEST_ACCESS = 16  # bytes of a thread that every target has
@@ -119,10 +120,12 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
         if times:
             kinds[instruction.kind] += times
     executed = sum(executions)
+    images = case.batch if work.images is None else work.images
     threads = math.prod(launch.grid) * warps * limits.lanes
     exponentials = totals.exponentials / work.exponentials if work.exponentials else None
     return Row(
         case=case.name,
+        direction=launch.direction,
         kernel=launch.name,
         dtype=name,
         target=target,
@@ -134,15 +137,15 @@ def describe(case: Case, dtype: torch.dtype, target: str, launch: Launch) -> Row
         tensor_kind=" ".join(sorted(tensor)),
         tensor_instructions=tensor.total(),
         products=float(totals.products(work)),
-        row_bytes=min(rows),
+        row_bytes=min(rows, default=None),
         narrow_rows=sum(wide < WIDEST_ACCESS for wide in rows),
         bias_bytes=min((i.access.bytes for i in reached if i.access and is_bias(i)), default=None),
-        row_traffic=float(totals.row_bytes / work.row_bytes),
+        row_traffic=float(totals.row_bytes / work.row_bytes) if work.row_bytes else None,
         loads=dict(sorted(Counter(a.bytes for a in accesses if not a.store).items())),
         stores=dict(sorted(Counter(a.bytes for a in accesses if a.store).items())),
         instructions=len(reached),
         executed=float(executed),
-        per_pair=float(threads * executed / (work.images * layer_pairs(replace(case, batch=1)))),
+        per_pair=float(threads * executed / (images * layer_pairs(replace(case, batch=1)))),
         exponentials=None if exponentials is None else float(exponentials),
         kinds={kind: float(number) for kind, number in sorted(kinds.items())},
     )

@@ -20,6 +20,7 @@ class Row:
 
     Args:
         case: Name of the call.
+        direction: The pass that the launch is part of, a key of `floors.PASSES`.
         kernel: Name of the kernel.
         dtype: Of query, key and value.
         target: Name of the architecture.
@@ -31,10 +32,11 @@ class Row:
         tensor_kind: Mnemonics of the tensor-core instructions.
         tensor_instructions: How many there are.
         products: Executed for each one that the tiles take; more than 1 where warps repeat a tile.
-        row_bytes: Least bytes of one access to a row of a token, a cell or the workspace.
+        row_bytes: Least bytes of one access to a row of a token, a cell or the workspace; None
+            where there is none.
         narrow_rows: Accesses to rows of fewer than 16 bytes.
         bias_bytes: Least bytes of one access to the bias; None where it is not read.
-        row_traffic: Bytes of rows loaded for each one that whole tiles take.
+        row_traffic: Bytes of rows loaded for each one that whole tiles take, if they take any.
         loads: Number of global loads by their bytes.
         stores: Number of global stores by their bytes.
         instructions: All that can be reached.
@@ -46,6 +48,7 @@ class Row:
     """
 
     case: str
+    direction: str
     kernel: str
     dtype: str
     target: str
@@ -57,10 +60,10 @@ class Row:
     tensor_kind: str
     tensor_instructions: int
     products: float
-    row_bytes: int
+    row_bytes: int | None
     narrow_rows: int
     bias_bytes: int | None
-    row_traffic: float
+    row_traffic: float | None
     loads: dict[int, int]
     stores: dict[int, int]
     instructions: int
@@ -80,9 +83,10 @@ class Layer:
         target: Name of the architecture.
         forward: Of attention alone, coarse levels pooled by a pass of their own.
         pooling: Of that pass.
+        bias: Of laying out the bias for forward, at the batch of the call.
         pooling_inside: Of attention that pools itself; None where it does not.
         backward: Of all kernels of the backward pass.
-        ratio: Backward for each one of forward, pooling included.
+        ratio: Backward for each one of forward, pooling and bias included.
     """
 
     case: str
@@ -90,6 +94,7 @@ class Layer:
     target: str
     forward: float
     pooling: float
+    bias: float
     pooling_inside: float | None
     backward: float
     ratio: float
@@ -99,19 +104,17 @@ def layers(rows: Sequence[Row]) -> list[Layer]:
     """A summary of each layer whose kernels are all among the rows."""
     found = []
     for case, dtype, target in dict.fromkeys((row.case, row.dtype, row.target) for row in rows):
-        mine = {
-            row.kernel: row.per_pair
-            for row in rows
-            if (row.case, row.dtype, row.target) == (case, dtype, target)
-        }
-        if not {*PASSES["forward"], *PASSES["backward"]} <= set(mine):
+        mine: dict[str, dict[str, float]] = {direction: {} for direction in PASSES}
+        for row in rows:
+            if (row.case, row.dtype, row.target) == (case, dtype, target):
+                mine[row.direction][row.kernel] = row.per_pair
+        if any(mine[name].keys() != set(PASSES[name]) for name in ("forward", "backward")):
             continue
-        pooling, forward = (mine[name] for name in PASSES["forward"])
-        backward = sum(mine[name] for name in PASSES["backward"])
-        (name,) = PASSES["forward, pooling inside"]
-        ratio = backward / (forward + pooling)
-        inside = mine.get(name)
-        found.append(Layer(case, dtype, target, forward, pooling, inside, backward, ratio))
+        bias, pooling, forward = (mine["forward"][name] for name in PASSES["forward"])
+        backward = sum(mine["backward"].values())
+        inside = mine["forward, pooling inside"].get("forward_kernel (pooling inside)")
+        ratio = backward / (forward + pooling + bias)
+        found.append(Layer(case, dtype, target, forward, pooling, bias, inside, backward, ratio))
     return found
 
 
@@ -127,25 +130,26 @@ def _text(value: Any) -> str:
 
 
 COLUMNS = {
-    "case": "case", "kernel": "kernel", "dtype": "dtype", "target": "target", "registers": "regs",
-    "spilled_bytes": "spilled", "shared_bytes": "shared", "resident_blocks": "blocks",
-    "tensor_kind": "tensor cores", "tensor_instructions": "count", "products": "copies",
-    "row_bytes": "row access", "loads": "loads x bytes", "stores": "stores x bytes",
-    "instructions": "static", "executed": "executed", "per_pair": "per pair",
-    "exponentials": "exponentials",
+    "case": "case", "direction": "pass", "kernel": "kernel", "dtype": "dtype",
+    "target": "target", "registers": "regs", "spilled_bytes": "spilled", "shared_bytes": "shared",
+    "resident_blocks": "blocks", "tensor_kind": "tensor cores", "tensor_instructions": "count",
+    "products": "copies", "row_bytes": "row access", "loads": "loads x bytes",
+    "stores": "stores x bytes", "instructions": "static", "executed": "executed",
+    "per_pair": "per pair", "exponentials": "exponentials",
 }  # fmt: skip
 
 LAYER_TITLE = "Thread-instructions per query-key pair"
 MARKDOWN_COLUMNS = {
-    "kernel": "kernel", "registers": "registers", "spilled_bytes": "spilled bytes",
-    "shared_bytes": "shared bytes", "warps": "warps", "resident_blocks": "resident blocks",
-    "tensor_kind": "tensor instructions", "row_bytes": "row bytes", "bias_bytes": "bias bytes",
-    "products": "products", "per_pair": "per pair",
+    "direction": "pass", "kernel": "kernel", "registers": "registers",
+    "spilled_bytes": "spilled bytes", "shared_bytes": "shared bytes", "warps": "warps",
+    "resident_blocks": "resident blocks", "tensor_kind": "tensor instructions",
+    "row_bytes": "row bytes",
+    "bias_bytes": "bias bytes", "products": "products", "per_pair": "per pair",
 }  # fmt: skip
 LAYER_COLUMNS = {
     "target": "target", "dtype": "dtype", "case": "layer", "forward": "forward",
-    "pooling": "pooling", "pooling_inside": "forward, pooling inside", "backward": "backward",
-    "ratio": "backward / forward",
+    "pooling": "pooling", "bias": "bias", "pooling_inside": "forward, pooling inside",
+    "backward": "backward", "ratio": "backward / forward",
 }  # fmt: skip
 
 

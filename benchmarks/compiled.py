@@ -23,9 +23,10 @@ from triton.compiler import ASTSource
 from benchmarks.assembly import Program, parse_amdgcn, parse_sass
 from benchmarks.limits import Target
 from benchmarks.work import Launch
-from kernels import FocalGeometry, FocalLevel, backward, forward, pooling
+from kernels import FocalGeometry, FocalLevel, backward, bias_layout, forward, pooling
 from kernels import launch as launchers
-from kernels.launch import PoolProblem, Problem, pools_inline
+from kernels.launch import Problem, pools_inline
+from kernels.pooling import PoolProblem
 from kernels.tiles import Pool
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 
 KERNELS = {
     module: tuple(name for name in vars(module) if name.endswith("_kernel"))
-    for module in (pooling, forward, backward)
+    for module in (bias_layout, pooling, forward, backward)
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -72,22 +73,24 @@ RELEASED = {
 class _Recorder:
     """Stands in for a kernel and keeps what it would have been launched with."""
 
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
+    def __init__(self, kernel: Any, direction: str, launches: list[Launch]) -> None:
+        self.kernel, self.direction, self.launches = kernel, direction, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda **arguments: self.launches.append(Launch(self.kernel, grid, arguments))
+        return lambda **arguments: self.launches.append(
+            Launch(self.kernel, grid, arguments, self.direction)
+        )
 
 
 @contextmanager
-def recording(target: str) -> Iterator[list[Launch]]:
-    """Within it, the launchers record what they would launch on a target."""
+def recording(target: str, direction: str) -> Iterator[list[Launch]]:
+    """Within it, the launchers record what they would launch on a target in one pass."""
     launches: list[Launch] = []
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(launchers, "device_target", return_value=target))
         for module, names in KERNELS.items():
             for name in names:
-                recorder = _Recorder(getattr(module, name), launches)
+                recorder = _Recorder(getattr(module, name), direction, launches)
                 stack.enter_context(mock.patch.object(module, name, recorder))
         yield launches
 
@@ -102,44 +105,48 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
     qkv = torch.empty(case.batch, *map_size, 3, heads, head_dim, dtype=dtype, device="meta")
     query, key, value = qkv.unbind(3)
     bias = torch.empty(heads, geometry.num_queries, geometry.num_keys, device="meta")
-    with recording(target) as launches:
-        coarse_keys, coarse_values, pools = [], [], []
+    none = query.new_empty(case.batch, 0, heads, head_dim)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
+    pools, poolings, pooled = [], [], [(none, none)]
+    with recording(target, "forward") as launches:
         for level in range(1, len(geometry.levels)):
-            problem = PoolProblem(geometry, tuple(key.shape), dtype, level)
+            poolings.append(PoolProblem(geometry, tuple(key.shape), dtype, level))
             side = geometry.levels[level].subwindow_size
             weight = torch.empty(side, side, device="meta")
             offset = torch.empty(heads, head_dim, dtype=dtype, device="meta")
             pools.append(Pool(weight, offset, offset))
-            pooled = pooling.launch_pool(key, value, weight, None, None, problem)
-            pooling.launch_pool_backward(*pooled, key, value, weight, problem)
-            coarse_keys.append(pooled[0])
-            coarse_values.append(pooled[1])
-        none = query.new_empty(case.batch, 0, heads, head_dim)
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
+            pooled.append(pooling.launch_pool(key, value, weight, None, None, poolings[-1]))
+        coarse_key, coarse_value = (torch.cat(maps, dim=1) for maps in zip(*pooled, strict=True))
         attention = Problem(
             geometry=geometry,
             query_shape=tuple(query.shape),
             dtype=dtype,
-            coarse_key=torch.cat([none, *coarse_keys], dim=1),
-            coarse_value=torch.cat([none, *coarse_values], dim=1),
+            coarse_key=coarse_key,
+            coarse_value=coarse_value,
             scale=head_dim**-0.5,
             map_size=map_size,
             dropout_p=case.dropout_p,
             dropout_seed=seed,
         )
         out, stats = forward.launch_forward(query, key, value, bias, attention)
+    with recording(target, "backward") as found:
         backward.launch_backward(out, query, key, value, bias, out, stats, attention)
-        if pools and pools_inline(geometry, query.shape):
-            inside = replace(attention, coarse_key=none, coarse_value=none, pools=tuple(pools))
+        for problem, pool, maps in zip(poolings, pools, pooled[1:], strict=True):
+            pooling.launch_pool_backward(*maps, key, value, pool.weight_ptr, problem)
+    launches += found
+    if pools and pools_inline(geometry, query.shape):
+        inside = replace(attention, coarse_key=none, coarse_value=none, pools=tuple(pools))
+        with recording(target, "forward, pooling inside") as found:
             forward.launch_forward(query, key, value, bias, inside)
+        launches += found
     return launches
 
 
 def distinct(launches: Sequence[Launch]) -> list[Launch]:
-    """One launch of each kernel and level: rounds over other images run the same machine code."""
+    """One launch of each kernel, level and pass: rounds over other images run the same code."""
     found: dict[Any, Launch] = {}
     for launch in launches:
-        found.setdefault((launch.kernel, launch.arguments.get("L"), launch.name), launch)
+        found.setdefault((launch.direction, launch.kernel, launch.arguments.get("L")), launch)
     return list(found.values())
 
 

@@ -8,12 +8,12 @@ writes the gradients of q, k, v and of the bias (float32). Pooled keys and value
 programs run close together and the second read hits the second-level cache (L2). The workspace of
 the gradients is written by one kernel and read by another. *Cached* is the part of it that never
 leaves L2, because `GradientPlan` takes so few images at a time that their parts fit. PyTorch's
-passes over the bias (its padding, the sum of its parts) are not counted. *L2* counts what every
-program asks for: rows of tiles, bias, workspace.
+sums over parts of the gradients of the bias and of the pooling weights are not counted. *L2* counts
+what every program asks for: rows of tiles, bias, workspace.
 
 **Least operations.** Two per multiply-add: two products over the distinct pairs of queries and
 keys on the map in forward, five in backward (the scores again, and the gradients of the weights,
-q, k and v). *Issued* counts whole tiles, as `benchmarks.work` checks against the machine code.
+q, k and v). *Issued* counts whole tiles, as `benchmarks.trips` checks against the machine code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.compiled import Case, record
 from benchmarks.work import Launch, work_of
-from kernels.launch import WORKSPACE_BYTES
+from kernels.gradient_plan import WORKSPACE_BYTES
 
 __all__ = [
     "FLOOR_COLUMNS",
@@ -48,9 +48,10 @@ __all__ = [
 MOST_BYTES, MOST_OPERATIONS = 1.15, 1.5  # excess above these wants a reason
 SMALLEST_SHARE = 0.02  # of an excess that is worth a word
 PASSES = {
-    "forward": ("pool_kernel", "forward_kernel"),
-    "forward, pooling inside": ("forward_kernel (pooling inside)",),
+    "forward": ("bias_kernel", "pool_kernel", "forward_kernel"),
+    "forward, pooling inside": ("bias_kernel", "forward_kernel (pooling inside)"),
     "backward": (
+        "bias_kernel",
         "pool_backward_kernel",
         "delta_kernel",
         "gradient_kernel (fine)",
@@ -68,7 +69,7 @@ GROUPS = {
     **dict.fromkeys(("stats_ptr", "delta_ptr"), "statistics"),
     **dict.fromkeys(("coarse_k_ptr", "coarse_v_ptr"), "pooled maps"),
     **dict.fromkeys(("pooled_k_ptr", "pooled_v_ptr"), "pooled maps"),
-    "bias_ptr": "bias",
+    **dict.fromkeys(("bias_ptr", "layout_ptr"), "bias"),
     "bias_part_ptr": "sums of the bias gradient",
     "partial_ptr": "sums of the pooling weights",
 }
@@ -174,7 +175,7 @@ def least(case: Case, dtype: torch.dtype, direction: str) -> tuple[int, int]:
 
 def _parts(launch: Launch) -> Iterator[tuple[str, Fraction]]:
     """Bytes that a launch touches of each tensor."""
-    arguments, images = launch.arguments, work_of(launch).images
+    arguments, images = launch.arguments, work_of(launch).images or Fraction(1)
     level: Any = arguments.get("L")
     shape = arguments["S"]
     unused = {"seed_ptr", "pools"}
@@ -201,7 +202,13 @@ def _parts(launch: Launch) -> Iterator[tuple[str, Fraction]]:
                 touched *= level.full * Fraction(shape.m_pad, arguments["BLOCK_M"])
             else:
                 touched *= level.region**2 * arguments["BLOCKS"]
-        elif name not in ("weight_ptr", "k_offset_ptr", "v_offset_ptr", "partial_ptr"):
+        elif name not in (
+            "weight_ptr",
+            "k_offset_ptr",
+            "v_offset_ptr",
+            "partial_ptr",
+            "layout_ptr",
+        ):
             touched *= images / tensor.shape[0]
         yield name, touched * tensor.element_size()
 
@@ -265,8 +272,8 @@ def floors(cases: Sequence[Case], dtype: torch.dtype, target: str) -> list[Floor
     found = []
     for case in cases:
         recorded = record(case, dtype, target)
-        for direction, names in PASSES.items():
-            launches = [launch for launch in recorded if launch.name in names]
+        for direction in PASSES:
+            launches = [launch for launch in recorded if launch.direction == direction]
             if not launches:
                 continue
             kernels: dict[str, Cost] = {}

@@ -3,35 +3,22 @@
 A rule reads the launch alone: its grid, its arguments and its constants. It names the loops of the
 kernel's source with their trips, and the totals that one program must reach whatever the compiler
 made of those loops: multiply-adds over whole tiles, exponentials of scores, bytes of token rows.
-`solve_trips` fits the loops of the machine code to those totals, and fails if they do not add up.
-Programs that differ (at the map's border, the last group) enter with their mean.
+`benchmarks.trips` fits the loops of the machine code to those totals. Programs that differ (at the
+map's border, the last group) enter with their mean.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
-from benchmarks.assembly import Instruction, Loop, Program
 from kernels.tiles import Level
 
-__all__ = ["Launch", "Product", "Work", "solve_trips", "work_of"]
+__all__ = ["Launch", "Product", "Work", "work_of"]
 
-# Warps for which a tile is too small compute it once more.
-COPIES = (1, 2, 3, 4)
-# A tail that is evaluated under both outcomes of a test takes its exponentials twice; running sums
-# take a few for each tile.
-MOST_EXPONENTIALS = Fraction(5, 2)
-# A tile with keys of several levels is loaded once for each, or a tile once for each use of it.
-MOST_ROW_BYTES = 2
-# Each product is issued under a branch of its own, so that the last trip seems to start products
-# of a next one that is not there.
-MOST_TCGEN05 = Fraction(9, 8)
 TCGEN05_ROWS, TCGEN05_COLS, HALF_DEPTH = 128, 256, 16
 TCGEN05_LEAST_ROWS = 64  # smaller tiles go to the instructions of earlier generations
 POOL_TOKENS = 64  # of a trip of `kernels.tiles.pool_tile`
@@ -40,11 +27,12 @@ ROW_TENSORS = ("key", "part_ptr", "key_part_ptr")  # one of them is an argument 
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its grid and its keyword arguments."""
+    """A recorded launch: the kernel, its grid, its keyword arguments and the pass it is part of."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    direction: str
 
     @property
     def name(self) -> str:
@@ -91,7 +79,7 @@ class Work:
         exponentials: Of scores, over whole tiles.
         pairs: Query-key pairs, those of a tile's padding left out; 0 without scores.
         row_bytes: Least bytes of rows of tokens, cells and the workspace loaded, over whole tiles.
-        images: That the whole launch works on.
+        images: That the whole launch works on; None for the same work however many there are.
     """
 
     loops: tuple[tuple[Fraction, ...], ...]
@@ -99,21 +87,12 @@ class Work:
     exponentials: Fraction
     pairs: Fraction
     row_bytes: Fraction
-    images: Fraction = Fraction(1)
+    images: Fraction | None = Fraction(1)
 
     @property
     def multiply_adds(self) -> Fraction:
         """Of all products, over whole tiles."""
         return sum((product.multiply_adds for product in self.products), Fraction(0))
-
-
-@cache
-def _repeats(products: tuple[Product, ...]) -> frozenset[Fraction]:
-    """Multiply-adds that products may take: a warp without a part of a tile repeats another's."""
-    sums = {Fraction(0)}
-    for product in products:
-        sums = {total + copies * product.multiply_adds for total in sums for copies in COPIES}
-    return frozenset(sums)
 
 
 def _row(launch: Launch) -> int:
@@ -257,7 +236,13 @@ def _copy(trips: Fraction | None, row_bytes: Fraction, images: Fraction) -> Work
     return Work(loops, (), Fraction(0), Fraction(0), row_bytes, images)
 
 
+def _bias_layout(launch: Launch) -> Work:
+    """A few numbers of a table for each thread, once a call."""
+    return Work((), (), Fraction(0), Fraction(0), Fraction(0), images=None)
+
+
 RULES: dict[str, Callable[[Launch], Work]] = {
+    "bias_kernel": _bias_layout,
     "forward_kernel": _forward,
     "delta_kernel": _delta,
     "gradient_kernel": _gradient,
@@ -275,154 +260,3 @@ def work_of(launch: Launch) -> Work:
         KeyError: If the kernel has no rule in `RULES`.
     """
     return RULES[launch.kernel.__name__](launch)
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What one program executed: numbers per program, not per warp.
-
-    Args:
-        multiply_adds: Of tensor-core instructions whose names tell their shape.
-        tcgen05_steps: Tensor-core instructions whose names do not.
-        exponentials: Lanes times instructions.
-        row_bytes: Bytes of token rows loaded.
-    """
-
-    multiply_adds: Fraction
-    tcgen05_steps: Fraction
-    exponentials: Fraction
-    row_bytes: Fraction
-
-    @classmethod
-    def count(
-        cls,
-        instructions: Sequence[Instruction],
-        executions: Sequence[Fraction],
-        warps: int,
-        lanes: int,
-        is_row: Callable[[Instruction], bool],
-    ) -> Totals:
-        """Add up."""
-        products = steps = exponentials = row_bytes = Fraction(0)
-        for instruction, times in zip(instructions, executions, strict=True):
-            if instruction.multiply_adds is None:
-                steps += times
-            else:
-                products += times * warps * instruction.multiply_adds
-            exponentials += times * warps * lanes * instruction.exponential
-            access = instruction.access
-            if access and not access.store and is_row(instruction):
-                row_bytes += times * warps * lanes * access.bytes
-        return cls(products, steps, exponentials, row_bytes)
-
-    def products(self, work: Work) -> Fraction:
-        """Products executed for each one that the tiles take."""
-        if self.tcgen05_steps:
-            return self.tcgen05_steps / sum(product.tcgen05_steps for product in work.products)
-        return self.multiply_adds / work.multiply_adds if work.multiply_adds else Fraction(1)
-
-    def problem(self, work: Work, tensor_cores: bool, loops: bool) -> str | None:
-        """What does not add up, if anything; without loops there may be more rows."""
-        products = self.products(work) if tensor_cores else Fraction(1)
-        copies = max(products, Fraction(1))
-        named = work.products
-        if self.tcgen05_steps:
-            named = tuple(product for product in named if not product.tcgen05_steps)
-            if not 1 <= products <= MOST_TCGEN05:
-                return f"products: {float(products):.4f} of what the tiles take"
-        if tensor_cores and self.multiply_adds not in _repeats(named):
-            return f"products: {float(products):.4f} of what the tiles take"
-        most = MOST_EXPONENTIALS * copies * work.exponentials
-        # The compiler may drop those of places that it knows to hold no key.
-        if not work.pairs <= self.exponentials <= most:
-            return f"exponentials: {float(self.exponentials)}, needed {float(work.exponentials)}"
-        most = MOST_ROW_BYTES * work.row_bytes if loops else self.row_bytes
-        if not work.row_bytes <= self.row_bytes <= most:
-            return f"bytes of rows: {float(self.row_bytes)}, needed {float(work.row_bytes)}"
-        return None
-
-
-def _working(program: Program, loops: Sequence[Loop]) -> Iterator[Loop]:
-    """Loops with products, exponentials or accesses inside; the others wait, and go round once."""
-    for loop in loops:
-        body = [program.instructions[at] for block in loop.blocks for at in program.span(block)]
-        if any(i.kind == "tensor" or i.exponential or i.access for i in body):
-            yield loop
-
-
-def _nests(program: Program, loops: Sequence[Loop]) -> list[list[int]]:
-    """Headers of nested loops that do work, outermost first; one list per nest."""
-    nests = []
-    for loop in _working(program, loops):
-        inside = _nests(program, loop.inner)
-        nests += [[loop.header, *nest] for nest in inside] or [[loop.header]]
-    return nests
-
-
-def _candidates(source: Sequence[Fraction], depth: int) -> Iterator[tuple[Fraction, ...]]:
-    """Trips that ``depth`` loops may have, made of those of the source.
-
-    The compiler may fuse neighbours, unroll the innermost or all of them, run an iteration before
-    or behind the loop, or enter the header once more to find that it is done.
-    """
-    for kept in range(len(source), 0, -1):
-        for cuts in itertools.combinations(range(1, kept), depth - 1):
-            ends = [*cuts, kept]
-            groups = [
-                math.prod(source[a:b], start=Fraction(1))
-                for a, b in zip([0, *cuts], ends, strict=True)
-            ]
-            for change in (0, -1, 1):
-                for unroll in (1, 2, 4, 8):
-                    if unroll == 1 or groups[-1] % unroll == 0:
-                        yield (*groups[:-1], Fraction(groups[-1], unroll) + change)
-
-
-def _all_headers(loops: Sequence[Loop]) -> Iterator[int]:
-    for loop in loops:
-        yield loop.header
-        yield from _all_headers(loop.inner)
-
-
-def solve_trips(
-    program: Program, work: Work, count: Callable[[list[Fraction]], Totals], tensor_cores: bool
-) -> tuple[list[Fraction], Totals]:
-    """Executions of each instruction, with trip counts that add up to the work.
-
-    Args:
-        program: The machine code.
-        work: What one program must do.
-        count: Adds up what given executions do.
-        tensor_cores: Whether products must be found as tensor-core instructions.
-
-    Raises:
-        ValueError: If no trip counts that the source allows reach the totals.
-    """
-    nests = _nests(program, program.loops)
-    sources = work.loops
-    waiting = dict.fromkeys(_all_headers(program.loops), Fraction(1))
-    problems, solutions = [], []
-    for chosen in itertools.combinations(sources, len(nests)):
-        choices = [_candidates(s, len(nest)) for s, nest in zip(chosen, nests, strict=True)]
-        for trips in itertools.product(*choices):
-            known = {
-                header: number
-                for nest, numbers in zip(nests, trips, strict=True)
-                for header, number in zip(nest, numbers, strict=True)
-            }
-            executions = program.executions({**waiting, **known})
-            totals = count(executions)
-            problem = totals.problem(work, tensor_cores, bool(nests))
-            if problem is None:
-                solutions.append((executions, totals))
-            else:
-                problems.append(f"{[[float(n) for n in nest] for nest in trips]}: {problem}")
-    if solutions:
-        # A program that repeats nothing is never mistaken for one that repeats everything.
-        def order(solution: tuple[list[Fraction], Totals]) -> tuple[Fraction, ...]:
-            executions, totals = solution
-            return totals.row_bytes, sum(executions, Fraction(0))
-
-        return min(solutions, key=order)
-    found = f"{len(nests)} nests of loops with work, in the source {len(sources)}"
-    raise ValueError(f"trip counts do not add up ({found})\n" + "\n".join(problems))

@@ -10,9 +10,9 @@ With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gr
   tile's bias and the sum of dS in registers and walks over its windows. What one window gives to
   keys, values and queries goes to a workspace: a key is shared by several windows, a query's
   gradient has a part from every key tile.
-* `fold_keys_kernel` and `fold_queries_kernel` sum these parts per token or cell, windows and tiles
-  in ascending order. A coarse level's result is the gradient of its pooled map, which
-  `kernels.pooling` takes to tokens.
+* `fold_keys_kernel` and `fold_queries_kernel` (`kernels.fold`) sum these parts per token or cell,
+  windows and tiles in ascending order. A coarse level's result is the gradient of its pooled map,
+  which `kernels.pooling` takes to tokens.
 
 The workspace holds a few images at a time, so that it stays small and in the second-level cache.
 Layouts as in `kernels.forward`; gradients are contiguous.
@@ -23,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import GradientPlan, Problem, acc_type, token_map
+from kernels.bias_layout import launch_bias
+from kernels.fold import FOLD_BLOCK, fold_keys_kernel, fold_queries_kernel
+from kernels.gradient_plan import GradientPlan
+from kernels.launch import COPYING_THREADS, Problem, acc_type, token_map, warp_size
 from kernels.tiles import (
     exclude,
     image_ptr,
@@ -31,19 +34,15 @@ from kernels.tiles import (
     key_tile,
     load_bias,
     load_rows,
-    locate_fine,
     locate_queries,
     locate_window,
     packed_ptr,
     query_seam_side,
     row_offset,
-    store_rows,
     token_offset,
 )
 
 __all__ = ["launch_backward"]
-
-FOLD_BLOCK = 32  # tokens or cells of a program
 
 
 @triton.jit
@@ -210,98 +209,6 @@ def gradient_kernel(
     tl.store(sum_ptr, d_bias, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_item"])
-def fold_queries_kernel(
-    part_ptr, grad_ptr, size, first_item,
-    S: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
-):  # fmt: skip
-    """Sum the key tiles' parts of ``dq``; grid (items · query blocks, heads)."""
-    BLOCKS: tl.constexpr = S.m_pad // BLOCK_M
-    i = tl.program_id(0) // BLOCKS
-    head = tl.program_id(1)
-    batch, win_row, win_col = locate_window(first_item + i, size, S)
-    m = (tl.program_id(0) % BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = i.to(tl.int64) * size.num_heads + head
-    rows = part_ptr + (place * NUM_TILES * S.m_pad + m)[:, None] * S.block_d
-    rows += tl.arange(0, S.block_d)[None, :]
-    acc = tl.zeros([BLOCK_M, S.block_d], dtype=ACC_TYPE)
-    for tile in range(NUM_TILES):
-        acc += tl.load(rows + tile * (S.m_pad * S.block_d)).to(ACC_TYPE)
-    row, col, stored = locate_queries(m, win_row, win_col, size, S)
-    target = packed_ptr(grad_ptr, batch, size.height * size.width, head, size, S)
-    store_rows(target + row_offset(row * size.width + col, size, S), acc * S.scale, stored, S)
-
-
-@triton.jit
-def wrap_window(at, count, S: tl.constexpr):
-    """Row or column of a window under one that may lie beyond an edge."""
-    if S.one_period:
-        at = tl.where(at < 0, at + count, at)
-        return tl.where(at >= count, at - count, at)
-    return (at % count + count) % count
-
-
-@triton.jit(do_not_specialize=["first_batch"])
-def fold_keys_kernel(
-    key_part_ptr, value_part_ptr, grad_key_ptr, grad_value_ptr, size, first_batch, count,
-    level_start,
-    S: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-    ACC_TYPE: tl.constexpr,
-):  # fmt: skip
-    """Sum the windows' parts of ``dk`` and ``dv``; grid (cell tiles, heads, images).
-
-    ``count`` cells (tokens at level 0) lie on the rolled, padded map of the level.
-    """
-    MARGIN: tl.constexpr = (L.region - L.cells) // 2
-    SIDE: tl.constexpr = (L.region + L.cells - 1) // L.cells  # windows along an axis, at most
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1)
-    batch = first_batch + tl.program_id(2)
-    win_rows = size.pad_h // S.window
-    win_cols = size.pad_w // S.window
-    cell_row = cell // (win_cols * L.cells)
-    cell_col = cell % (win_cols * L.cells)
-    first_place = tl.program_id(2).to(tl.int64) * (win_rows * win_cols)
-    d = tl.arange(0, S.block_d)[None, :]
-    dk = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
-    dv = tl.zeros([BLOCK, S.block_d], dtype=ACC_TYPE)
-    for step in range(SIDE * SIDE):
-        # A window that may attend the cell, and the cell's place in its region.
-        up = step // SIDE
-        left = step % SIDE
-        y = (cell_row + MARGIN) % L.cells + up * L.cells
-        x = (cell_col + MARGIN) % L.cells + left * L.cells
-        at_row = (cell_row + MARGIN) // L.cells - up
-        at_col = (cell_col + MARGIN) // L.cells - left
-        attended = (cell < count) & (y < L.region) & (x < L.region)
-        if L.fine and S.wrap:
-            at_row = wrap_window(at_row, win_rows, S)
-            at_col = wrap_window(at_col, win_cols, S)
-        else:
-            attended = attended & (at_row >= 0) & (at_row < win_rows)
-            attended = attended & (at_col >= 0) & (at_col < win_cols)
-        place = first_place + at_row * win_cols + at_col
-        place = (place * size.num_heads + head) * BLOCKS
-        for block in tl.static_range(BLOCKS):
-            rows = ((place + block) * L.full + y * L.region + x)[:, None] * S.block_d + d
-            dk += tl.load(key_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
-            dv += tl.load(value_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
-    if L.fine:
-        row, col, _, _ = locate_fine(cell_row, cell_col, size, S)
-        # Tokens that are no keys are stored as well: their gradient is zero.
-        stored = (cell < count) & (row < size.height) & (col < size.width)
-        target = row_offset(row * size.width + col, size, S)
-        cells = size.height * size.width
-    else:
-        stored = cell < count
-        target = row_offset(level_start + cell, size, S)
-        cells = size.coarse_cells
-    target_k = packed_ptr(grad_key_ptr, batch, cells, head, size, S) + target
-    target_v = packed_ptr(grad_value_ptr, batch, cells, head, size, S) + target
-    store_rows(target_k, dk * S.scale, stored, S)
-    store_rows(target_v, dv, stored, S)
-
-
 def launch_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -346,7 +253,7 @@ def launch_backward(
         "grad_out": token_map(grad_out),
         "coarse_k_ptr": problem.coarse_key,
         "coarse_v_ptr": problem.coarse_value,
-        "bias_ptr": problem.fragment_bias(bias, shape, tile.block_m),
+        "bias_ptr": launch_bias(bias, problem, shape, tile.block_m),
         "stats_ptr": stats,
         "delta_ptr": delta,
         "seed_ptr": problem.seed_ptr,
@@ -377,7 +284,7 @@ def launch_backward(
                 level_start=part.start,
                 L=part.level,
                 BLOCK_M=tile.block_m,
-                **options,
+                **problem.options(tile, part.level.block),
             )
             grad_k, grad_v = (grad_key, grad_value) if part.level.fine else grad_coarse
             fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](
@@ -392,7 +299,7 @@ def launch_backward(
                 L=part.level,
                 BLOCKS=plan.query_blocks,
                 BLOCK=FOLD_BLOCK,
-                num_warps=4,
+                num_warps=COPYING_THREADS // warp_size(query.device),
             )
         fold_queries_kernel[(items * plan.query_blocks, heads)](
             part_ptr=query_part,

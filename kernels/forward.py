@@ -10,7 +10,7 @@ q; stats `[batch, windows, heads, 2, window²]`.
 Grid: (windows of all images · query blocks, heads). A program walks over the keys of its window,
 level after level, with an online softmax in base 2. The bias starts the sum of each score: it comes
 divided by the scale, with -inf for the places beyond a level's last key, so that no score needs a
-mask for a tile's end (`Problem.fragment_bias`). Coarse keys are read from maps that a pass of its
+mask for a tile's end (`kernels.bias_layout`). Coarse keys are read from maps that a pass of its
 own pooled (`kernels.pooling`), or pooled here (`launch.pools_inline` chooses).
 
 Saved for backward: each query's largest score in base 2 and one over its sum of exponentials, both
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.bias_layout import launch_bias
 from kernels.launch import Problem, acc_type, cut_with_tail, token_map
 from kernels.tiles import (
     exclude,
@@ -161,7 +162,8 @@ def launch_forward(
         return out, stats
     tile = problem.tile("forward")
     levels = problem.levels(
-        cut_with_tail(keys, tile.block_n) for keys in problem.geometry.keys_per_level
+        cut_with_tail(keys, tile.block_n, problem.least_keys(tile, level))
+        for level, keys in enumerate(problem.geometry.keys_per_level)
     )
     shape = problem.shape(levels, tile.block_m, query, key, value)
     items = query.shape[0] * problem.num_windows
@@ -172,7 +174,7 @@ def launch_forward(
         coarse_k_ptr=problem.coarse_key,
         coarse_v_ptr=problem.coarse_value,
         pools=problem.pool_arguments,
-        bias_ptr=problem.fragment_bias(bias, shape, tile.block_m),
+        bias_ptr=launch_bias(bias, problem, shape, tile.block_m),
         out_ptr=out,
         stats_ptr=stats,
         seed_ptr=problem.seed_ptr,

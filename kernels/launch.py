@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,11 +16,9 @@ from torch import Tensor
 from kernels.dropout import keep_threshold
 from kernels.geometry import FocalGeometry
 from kernels.launch_table import ANY_TARGET, TABLE, Tile
-from kernels.tiles import Level, Pool, PoolShape, Shape, Size, TokenMap
+from kernels.tiles import Level, Pool, Shape, Size, TokenMap
 
 __all__ = [
-    "GradientPlan",
-    "PoolProblem",
     "Problem",
     "device_target",
     "pick_tile",
@@ -31,11 +29,10 @@ __all__ = [
 
 LOG2E = 1.4426950408889634
 FLOAT64_TILE = Tile(64, 64, 4, 1)  # float64 runs under the interpreter alone, where fewer is faster
+LEAST_SIDE = 16  # of a tile that a tensor core takes
+WIDEST_ACCESS = 16  # bytes of a thread
+COPYING_THREADS = 128  # of a kernel that moves 32 rows of 32 16-bit numbers at a time
 LARGEST_HEAD_TILE = Tile(16, 16, 8, 1)
-# Of the gradients' workspace, to stay in the second-level cache of a large GPU (40 MB and up).
-WORKSPACE_BYTES = 2**25
-# Of a gradient launch: two waves of a large GPU. More would only sum the bias in more parts.
-GRADIENT_PROGRAMS = 512
 
 
 def pick_tile(
@@ -55,7 +52,7 @@ def pick_tile(
     else:
         key = (kernel, padded_head_dim(head_dim), dtype.itemsize)
         tile = TABLE.get((*key, target)) or TABLE.get((*key, ANY_TARGET), LARGEST_HEAD_TILE)
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(num_queries)))
+    block_m = min(tile.block_m, max(LEAST_SIDE, triton.next_power_of_2(num_queries)))
     return replace(tile, block_m=block_m)
 
 
@@ -69,9 +66,14 @@ def device_target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp."""
+    return 64 if device_target(device).startswith("gfx") else 32
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """A tile's last axis: a power of two, and at least the 16 that a tensor core takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """A tile's last axis: a power of two, and wide enough for a tensor core."""
+    return max(LEAST_SIDE, triton.next_power_of_2(head_dim))
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -86,12 +88,12 @@ class Cut(NamedTuple):
     tail: tuple[tuple[int, int], ...]
 
 
-def cut_with_tail(keys: int, block: int) -> Cut:
-    """Whole tiles, then smaller ones, powers of two from 16 up: least padding."""
+def cut_with_tail(keys: int, block: int, least: int) -> Cut:
+    """Whole tiles, then smaller ones, powers of two from ``least`` up: least padding."""
     start = full = keys // block * block
     tail = []
     while start < keys:
-        rest = _round_up(keys - start, 16)
+        rest = _round_up(keys - start, least)
         size = 1 << (rest.bit_length() - 1)
         tail.append((start, size))
         start += size
@@ -100,7 +102,7 @@ def cut_with_tail(keys: int, block: int) -> Cut:
 
 def cut_evenly(keys: int, block: int) -> Cut:
     """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
-    block = min(block, max(16, triton.next_power_of_2(keys)))
+    block = min(block, max(LEAST_SIDE, triton.next_power_of_2(keys)))
     return Cut(block, _round_up(keys, block), ())
 
 
@@ -167,10 +169,35 @@ class Problem:
         target = device_target(self.coarse_key.device)
         return pick_tile(kernel, self.query_shape[4], self.dtype, self.geometry.num_queries, target)
 
-    def options(self, tile: Tile) -> dict[str, int]:
-        """A kernel's options for the compiler."""
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if device_target(self.coarse_key.device).startswith("gfx"):
+    def least_keys(self, tile: Tile, level: int) -> int:
+        """Keys of a level's smallest tile: 16 bytes of it for each thread that loads it."""
+        if level > 0 and self.pools:  # not keys but whole tiles of tokens are loaded
+            return LEAST_SIDE
+        threads = tile.num_warps * warp_size(self.coarse_key.device)
+        return max(LEAST_SIDE, min(tile.block_n, threads * WIDEST_ACCESS // self.row_bytes))
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's row in a tile."""
+        return padded_head_dim(self.query_shape[4]) * self.dtype.itemsize
+
+    def options(self, tile: Tile, keys: int | None = None) -> dict[str, int]:
+        """A kernel's options for the compiler.
+
+        Args:
+            tile: Its launch configuration.
+            keys: Of its only tile, if that may be too small for 16 bytes to every thread: it then
+                takes fewer warps.
+        """
+        warps, target = tile.num_warps, device_target(self.coarse_key.device)
+        if keys is not None:
+            threads = keys * self.row_bytes // WIDEST_ACCESS
+            warps = max(1, min(warps, threads // warp_size(self.coarse_key.device)))
+        options = {"num_warps": warps, "num_stages": tile.num_stages}
+        if warps < tile.num_warps and target.startswith("sm_"):
+            # Else the compiler aims at more blocks than it has registers for, and spills.
+            options["maxnreg"] = 255
+        if target.startswith("gfx"):
             # AMD's matrix instructions are 32 or 16 rows high: four warps share 64 rows only by 16,
             # and would make every product twice by 32.
             options["matrix_instr_nonkdim"] = 16
@@ -258,37 +285,6 @@ class Problem:
         unread = Pool(self.coarse_key, self.coarse_key, self.coarse_key)
         return (unread, *(self.pools or (unread,) * (len(self.geometry.levels) - 1)))
 
-    def fragment_bias(self, bias: Tensor, shape: Shape, block_m: int) -> Tensor:
-        """The bias as score tiles take it: divided by the scale, padded, in fragment order.
-
-        A tensor core leaves a 16 × 8 block of scores in 32 threads: row ``r`` and column ``c`` are
-        in thread ``4 · (r % 8) + c // 2``, each holding two columns of two rows. Stored in that
-        order a thread's four numbers are 16 bytes in a row, so the bias goes from memory into the
-        accumulator by the widest load and without an exchange. Any other order of the hardware's
-        costs time and stays correct.
-
-        Args:
-            bias: `[heads, window², num_keys]`.
-            shape: Of the kernel that reads it.
-            block_m: Queries of its tiles.
-
-        Returns:
-            `[heads, query blocks, n_pad / 8, block_m / 16, 8, 4, 2, 2]`: keys, 16 queries, row and
-            column of threads, upper or lower row, left or right column. -inf beyond the last key
-            of a level.
-        """
-        dtype = sum_dtype(self.dtype)
-        heads, queries, _ = bias.shape
-        padded = bias.new_full((heads, shape.m_pad, shape.n_pad), -torch.inf, dtype=dtype)
-        scaled = bias.to(dtype) / self.scale
-        for level in shape.levels:
-            keys = level.region**2
-            columns = padded[:, :, level.column : level.column + keys]
-            columns[:, :queries] = scaled[:, :, level.first : level.first + keys]
-            columns[:, queries:] = 0.0
-        blocks = padded.view(heads, -1, block_m // 16, 2, 8, shape.n_pad // 8, 4, 2)
-        return blocks.permute(0, 1, 5, 2, 4, 6, 3, 7).contiguous()
-
 
 # Thread-instructions that pooling in the attention kernel spends on a token, and those that a large
 # GPU executes while a launch is on its way (3 µs); both from instruction counts, see
@@ -325,124 +321,3 @@ def pools_inline(geometry: FocalGeometry, query_shape: Sequence[int]) -> bool:
         excess += pooled * geometry.levels[level].subwindow_size ** 2
     launches = len(geometry.levels) - 1
     return batch * heads * excess * INLINE_INSTRUCTIONS <= launches * LAUNCH_INSTRUCTIONS
-
-
-@dataclass(frozen=True)
-class GradientLevel:
-    """How the gradients of one level are cut into programs."""
-
-    level: Level
-    tiles: int
-    first_tile: int  # among the key tiles of all levels
-    start: int  # first cell in the packed maps
-    cells: int  # of the level on the padded map
-
-
-class GradientPlan:
-    """How a backward pass is cut into launches and programs.
-
-    Args:
-        problem: The call.
-        maps: Query, key, value and the gradient of out.
-    """
-
-    def __init__(self, problem: Problem, *maps: Tensor) -> None:
-        self.problem = problem
-        self.tile = problem.tile("gradient")
-        geometry, (height, width) = problem.geometry, problem.query_shape[1:3]
-        levels = problem.levels(
-            cut_evenly(keys, self.tile.block_n) for keys in geometry.keys_per_level
-        )
-        self.shape = problem.shape(levels, self.tile.block_m, *maps)
-        self.levels: list[GradientLevel] = []
-        first_tile = start = 0
-        for index, level in enumerate(levels):
-            tiles = level.full // level.block
-            cells = math.prod(geometry.map_cells(index, height, width))
-            self.levels.append(GradientLevel(level, tiles, first_tile, start, cells))
-            first_tile += tiles
-            start += cells if index else 0
-        self.num_tiles = first_tile
-
-    @property
-    def query_blocks(self) -> int:
-        """Query tiles of a window."""
-        return self.shape.m_pad // self.tile.block_m
-
-    @cached_property
-    def images(self) -> int:
-        """Images whose parts the workspace holds at a time."""
-        problem, shape = self.problem, self.shape
-        widest = max(level.width for level in shape.levels)
-        rows = self.num_tiles * shape.m_pad + 2 * self.query_blocks * widest
-        per_window = problem.query_shape[3] * rows * shape.block_d * problem.dtype.itemsize
-        fit = WORKSPACE_BYTES // (problem.num_windows * per_window)
-        return max(1, min(fit, problem.query_shape[0]))
-
-    @cached_property
-    def groups(self) -> int:
-        """Groups of windows, each summed by one program."""
-        programs = self.num_tiles * self.query_blocks * self.problem.query_shape[3]
-        items = self.images * self.problem.num_windows
-        return min(items, -(-GRADIENT_PROGRAMS // programs))
-
-    def workspace(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Empty parts of query, key and value gradients; see `kernels.backward`."""
-        shape, heads = self.shape, self.problem.query_shape[3]
-        items = self.images * self.problem.num_windows
-        widest = max(level.width for level in shape.levels)
-        keys = (items, heads, self.query_blocks, widest, shape.block_d)
-        queries = (items, heads, self.num_tiles, shape.m_pad, shape.block_d)
-        return like.new_empty(queries), like.new_empty(keys), like.new_empty(keys)
-
-    def chunks(self) -> Iterator[range]:
-        """Images of each round of launches."""
-        batch = self.problem.query_shape[0]
-        for start in range(0, batch, self.images):
-            yield range(start, min(start + self.images, batch))
-
-
-@dataclass(frozen=True)
-class PoolProblem:
-    """One call of sub-window pooling: everything that its kernels are launched with.
-
-    Args:
-        geometry: Window, levels, boundary and shift.
-        shape: `(batch, height, width, heads, head_dim)` of the map.
-        dtype: Of the map.
-        level: The coarse level that is pooled.
-    """
-
-    geometry: FocalGeometry
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    level: int
-
-    BLOCK = 32  # cells of a tile: 16 bytes for each of 128 threads
-
-    @cached_property
-    def num_cells(self) -> int:
-        """Cells of the level in one image."""
-        return math.prod(self.geometry.map_cells(self.level, *self.shape[1:3]))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles of the cells of all images, heads."""
-        return -(-self.shape[0] * self.num_cells // self.BLOCK), self.shape[3]
-
-    def common_arguments(self, key: Tensor, value: Tensor) -> dict[str, Any]:
-        """Arguments that both pooling kernels take."""
-        _, height, width, heads, head_dim = self.shape
-        padded = self.geometry.padded_size(height, width)
-        narrow = offsets_fit(key, value) and math.prod(padded) * heads * head_dim < 2**31
-        return {
-            "key": token_map(key),
-            "value": token_map(value),
-            "size": Size(height, width, *padded, height, width, heads, self.num_cells),
-            "count": self.shape[0] * self.num_cells,
-            "S": PoolShape(self.geometry.shift, narrow, head_dim, padded_head_dim(head_dim)),
-            "SUB": self.geometry.levels[self.level].subwindow_size,
-            "BLOCK": self.BLOCK,
-            "ACC_TYPE": acc_type(self.dtype),
-            "num_warps": 4,
-        }

@@ -18,8 +18,8 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.flops import backward_flops, forward_flops
 from kernels.forward import launch_forward
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
-from kernels.launch import PoolProblem, Problem, pools_inline, sum_dtype
-from kernels.pooling import launch_pool, launch_pool_backward
+from kernels.launch import Problem, pools_inline, sum_dtype
+from kernels.pooling import PoolProblem, launch_pool, launch_pool_backward
 from kernels.tiles import Pool
 
 __all__ = ["INTERPRETED", "focal_attention"]

@@ -14,14 +14,28 @@ over programs.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import PoolProblem, sum_dtype
+from kernels.geometry import FocalGeometry
+from kernels.launch import (
+    COPYING_THREADS,
+    acc_type,
+    offsets_fit,
+    padded_head_dim,
+    sum_dtype,
+    token_map,
+    warp_size,
+)
 from kernels.tiles import (
+    PoolShape,
+    Size,
     image_ptr,
     load_rows,
     packed_ptr,
@@ -31,7 +45,7 @@ from kernels.tiles import (
     unroll,
 )
 
-__all__ = ["launch_pool", "launch_pool_backward"]
+__all__ = ["PoolProblem", "launch_pool", "launch_pool_backward"]
 
 
 @triton.jit
@@ -111,6 +125,52 @@ def pool_backward_kernel(
         token = row_offset(row * size.width + col, size, S)
         store_rows(k_target + token, weight * grad_k, stored, S)
         store_rows(v_target + token, weight * grad_v, stored, S)
+
+
+@dataclass(frozen=True)
+class PoolProblem:
+    """One call of sub-window pooling: everything that its kernels are launched with.
+
+    Args:
+        geometry: Window, levels, boundary and shift.
+        shape: `(batch, height, width, heads, head_dim)` of the map.
+        dtype: Of the map.
+        level: The coarse level that is pooled.
+    """
+
+    geometry: FocalGeometry
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    level: int
+
+    BLOCK = 32  # cells of a tile
+
+    @cached_property
+    def num_cells(self) -> int:
+        """Cells of the level in one image."""
+        return math.prod(self.geometry.map_cells(self.level, *self.shape[1:3]))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tiles of the cells of all images, heads."""
+        return -(-self.shape[0] * self.num_cells // self.BLOCK), self.shape[3]
+
+    def common_arguments(self, key: Tensor, value: Tensor) -> dict[str, Any]:
+        """Arguments that both pooling kernels take."""
+        _, height, width, heads, head_dim = self.shape
+        padded = self.geometry.padded_size(height, width)
+        narrow = offsets_fit(key, value) and math.prod(padded) * heads * head_dim < 2**31
+        return {
+            "key": token_map(key),
+            "value": token_map(value),
+            "size": Size(height, width, *padded, height, width, heads, self.num_cells),
+            "count": self.shape[0] * self.num_cells,
+            "S": PoolShape(self.geometry.shift, narrow, head_dim, padded_head_dim(head_dim)),
+            "SUB": self.geometry.levels[self.level].subwindow_size,
+            "BLOCK": self.BLOCK,
+            "ACC_TYPE": acc_type(self.dtype),
+            "num_warps": COPYING_THREADS // warp_size(key.device),
+        }
 
 
 def launch_pool(

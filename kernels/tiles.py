@@ -220,11 +220,16 @@ def load_rows(rows, mask, ALL: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def store_rows(rows, tile, mask, S: tl.constexpr):
     """Store `[BLOCK, block_d]` at ``rows``, rounded to the pointer's type."""
-    d = tl.arange(0, S.block_d)
-    mask = mask[:, None]
+    # Two axes for the numbers of a row, for of two-dimensional sums of products the compiler for
+    # AMD stores what a thread happens to hold, which is 8 bytes.
+    PART: tl.constexpr = 8
+    PARTS: tl.constexpr = S.block_d // PART
+    d = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    mask = mask[:, None, None]
     if S.head_dim != S.block_d:
-        mask = mask & (d < S.head_dim)[None, :]
-    tl.store(rows[:, None] + d[None, :], tile.to(rows.dtype.element_ty), mask=mask)
+        mask = mask & (d < S.head_dim)[None, :, :]
+    tile = tl.reshape(tile.to(rows.dtype.element_ty), [tile.shape[0], PARTS, PART])
+    tl.store(rows[:, None, None] + d[None, :, :], tile, mask=mask)
 
 
 @triton.jit
@@ -348,7 +353,7 @@ def pool_tile(
 
 @triton.jit
 def load_bias(ptr, k, L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`[BLOCK_M, BLOCK_N]` from key ``k`` of a level on; see `Problem.fragment_bias`."""
+    """`[BLOCK_M, BLOCK_N]` from key ``k`` of a level on; see `kernels.bias_layout`."""
     ROW: tl.constexpr = 8 * BLOCK_M
     j = (L.column + k) // 8 + tl.arange(0, BLOCK_N // 8)
     bias = tl.load(ptr + j[:, None] * ROW + tl.arange(0, ROW)[None, :])

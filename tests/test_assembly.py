@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.assembly import Access, Instruction, Program, parse_amdgcn, parse_sass
-from benchmarks.work import Product, Totals, Work, solve_trips
+from benchmarks.trips import Totals, solve_trips
+from benchmarks.work import Product, Work
 
 # A loop of 4 products whose last instructions leave it by a call that never returns, as ptxas
 # writes it; a guarded store; a subroutine; padding.

@@ -17,7 +17,7 @@ from cases import (
     run,
 )
 
-from benchmarks import fuzz
+from benchmarks import fuzz, fuzz_calls
 
 BACKENDS = ["reference", "eager", pytest.param("triton", marks=needs_interpreter)]
 FAST_BACKENDS = pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -96,7 +96,7 @@ def test_biases_of_ten_thousand(backend, name):
 @pytest.mark.parametrize("name", BIAS_LEVELS)
 def test_biases_of_ten_thousand_in_lower_precision(backend, dtype, name, monkeypatch):
     level = BIAS_LEVELS[name]
-    monkeypatch.setitem(fuzz.BIASES, name, lambda bias: level(bias).to(bias.dtype))
+    monkeypatch.setitem(fuzz_calls.BIASES, name, lambda bias: level(bias).to(bias.dtype))
     assert_precise(plain_errors(backend, dtype, case=CASE, bias=name))
 
 

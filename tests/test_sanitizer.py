@@ -24,11 +24,11 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from sanitizer import Sanitizer  # noqa: E402
 
-from kernels import launch  # noqa: E402
+from kernels import launch, pooling  # noqa: E402
 
 KERNELS = {
     "forward_kernel", "delta_kernel", "gradient_kernel", "fold_keys_kernel", "fold_queries_kernel",
-    "pool_kernel", "pool_backward_kernel",
+    "pool_kernel", "pool_backward_kernel", "bias_kernel",
 }  # fmt: skip
 SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=2, shift=1)
 MASKED = Case("masked", 4, ((1, 6), (2, 4), (4, 3)), 5, 4, 2, 17, 1, "mask", 1, (5, 3))
@@ -197,13 +197,13 @@ def test_attention_kernels_told_of_a_larger_map_are_found_to_overrun(monkeypatch
 
 
 def test_pooling_kernels_told_of_more_cells_are_found_to_overrun(monkeypatch):
-    arguments = launch.PoolProblem.common_arguments
+    arguments = pooling.PoolProblem.common_arguments
 
-    def too_many(problem: launch.PoolProblem, *maps: torch.Tensor):
+    def too_many(problem: pooling.PoolProblem, *maps: torch.Tensor):
         right = arguments(problem, *maps)
         return {**right, "count": right["count"] + 1}
 
-    monkeypatch.setattr(launch.PoolProblem, "common_arguments", too_many)
+    monkeypatch.setattr(pooling.PoolProblem, "common_arguments", too_many)
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
     assert ("pool_kernel", "pooled_k_ptr", "write out of bounds") in found
     assert ("pool_backward_kernel", "grad_k_ptr", "read out of bounds") in found

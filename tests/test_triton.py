@@ -29,7 +29,7 @@ pytestmark = needs_interpreter
 
 from sanitizer import Sanitizer  # noqa: E402
 
-from kernels import FocalGeometry, backward, forward, launch, ops, pooling  # noqa: E402
+from kernels import FocalGeometry, backward, forward, gradient_plan, launch, ops, pooling  # noqa: E402
 
 SMALL = Case("small", 2, ((1, 4), (2, 3)), 3, 5, heads=2, batch=1, shift=1)
 MASKED = Case("masked", 4, ((1, 6), (2, 4), (4, 3)), 5, 4, 2, 3, 1, "mask", 1, (5, 3))
@@ -101,14 +101,14 @@ def test_small_tiles_give_the_same(case, block_m, monkeypatch):
 @pytest.mark.parametrize("programs", [1, 3, 10**6])
 def test_bias_gradient_in_groups_of_windows_gives_the_same(programs, monkeypatch):
     # 2 images of 4 windows and 2 key tiles: one group of 8, two of 4, eight of 1.
-    monkeypatch.setattr(launch, "GRADIENT_PROGRAMS", programs)
+    monkeypatch.setattr(gradient_plan, "GRADIENT_PROGRAMS", programs)
     check(Case("groups", 2, ((1, 4), (2, 3)), 3, 4, heads=1))
 
 
 @pytest.mark.parametrize("images", [1, 2])
 def test_gradients_of_a_few_images_at_a_time_are_the_same(images, monkeypatch):
     # 3 images: three rounds of 1; one of 2, then one of 1.
-    monkeypatch.setattr(launch.GradientPlan, "images", images)
+    monkeypatch.setattr(gradient_plan.GradientPlan, "images", images)
     check(Case("rounds", 2, ((1, 4), (2, 3)), 3, 4, heads=1, batch=3))
 
 

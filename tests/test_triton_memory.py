@@ -1,6 +1,6 @@
 """No Triton kernel reads or writes beyond its tensors: all of them lie inside NaN storage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from cases import Case, assert_same, make_tensors, needs_interpreter, random_gra
 pytest.importorskip("triton", reason="needs Triton")
 pytestmark = needs_interpreter
 
-from kernels import backward, forward, launch, pooling  # noqa: E402
+from kernels import backward, bias_layout, forward, gradient_plan, launch, pooling  # noqa: E402
 
 
 class Guarded:
@@ -73,9 +73,9 @@ def as_shape(arguments: tuple) -> Sequence[int]:
 
 @pytest.fixture
 def guarded(monkeypatch) -> Guarded:
-    """Every allocation of the launchers is guarded, and so are the biases they make."""
+    """Every allocation of the launchers is guarded."""
     guarded = Guarded()
-    for module in (forward, backward, pooling, launch):
+    for module in (bias_layout, forward, backward, pooling):
         monkeypatch.setattr(module, "torch", GuardedTorch(guarded))
     new_empty, new_zeros = torch.Tensor.new_empty, torch.Tensor.new_zeros
 
@@ -89,21 +89,16 @@ def guarded(monkeypatch) -> Guarded:
             return new_zeros(x, *shape, **options)
         return guarded.flat(as_shape(shape), x.dtype).zero_()
 
-    def guarded_result(method: Callable) -> Callable:
-        return lambda *arguments: guarded.copy(method(*arguments))
-
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
     monkeypatch.setattr(torch.Tensor, "new_zeros", guarded_zeros)
-    fragment_bias = guarded_result(launch.Problem.fragment_bias)
-    monkeypatch.setattr(launch.Problem, "fragment_bias", fragment_bias)
-    workspace = launch.GradientPlan.workspace
+    workspace = gradient_plan.GradientPlan.workspace
 
     def scratch(*arguments: Any) -> tuple[torch.Tensor, ...]:
         parts = workspace(*arguments)
         guarded.scratch.update(part.data_ptr() for part in parts)
         return parts
 
-    monkeypatch.setattr(launch.GradientPlan, "workspace", scratch)
+    monkeypatch.setattr(gradient_plan.GradientPlan, "workspace", scratch)
     return guarded
 
 

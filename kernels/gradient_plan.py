@@ -1,0 +1,95 @@
+"""How a backward pass is cut into launches, programs and a workspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from kernels.launch import Problem, cut_evenly
+from kernels.tiles import Level
+
+__all__ = ["GradientPlan"]
+
+# Of the gradients' workspace, to stay in the second-level cache of a large GPU (40 MB and up).
+WORKSPACE_BYTES = 2**25
+# Of a gradient launch: two waves of a large GPU. More would only sum the bias in more parts.
+GRADIENT_PROGRAMS = 512
+
+
+@dataclass(frozen=True)
+class GradientLevel:
+    """How the gradients of one level are cut into programs."""
+
+    level: Level
+    tiles: int
+    first_tile: int  # among the key tiles of all levels
+    start: int  # first cell in the packed maps
+    cells: int  # of the level on the padded map
+
+
+class GradientPlan:
+    """How a backward pass is cut into launches and programs.
+
+    Args:
+        problem: The call.
+        maps: Query, key, value and the gradient of out.
+    """
+
+    def __init__(self, problem: Problem, *maps: Tensor) -> None:
+        self.problem = problem
+        self.tile = problem.tile("gradient")
+        geometry, (height, width) = problem.geometry, problem.query_shape[1:3]
+        levels = problem.levels(
+            cut_evenly(keys, self.tile.block_n) for keys in geometry.keys_per_level
+        )
+        self.shape = problem.shape(levels, self.tile.block_m, *maps)
+        self.levels: list[GradientLevel] = []
+        first_tile = start = 0
+        for index, level in enumerate(levels):
+            tiles = level.full // level.block
+            cells = math.prod(geometry.map_cells(index, height, width))
+            self.levels.append(GradientLevel(level, tiles, first_tile, start, cells))
+            first_tile += tiles
+            start += cells if index else 0
+        self.num_tiles = first_tile
+
+    @property
+    def query_blocks(self) -> int:
+        """Query tiles of a window."""
+        return self.shape.m_pad // self.tile.block_m
+
+    @cached_property
+    def images(self) -> int:
+        """Images whose parts the workspace holds at a time."""
+        problem, shape = self.problem, self.shape
+        widest = max(level.width for level in shape.levels)
+        rows = self.num_tiles * shape.m_pad + 2 * self.query_blocks * widest
+        per_window = problem.query_shape[3] * rows * shape.block_d * problem.dtype.itemsize
+        fit = WORKSPACE_BYTES // (problem.num_windows * per_window)
+        return max(1, min(fit, problem.query_shape[0]))
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of windows, each summed by one program."""
+        programs = self.num_tiles * self.query_blocks * self.problem.query_shape[3]
+        items = self.images * self.problem.num_windows
+        return min(items, -(-GRADIENT_PROGRAMS // programs))
+
+    def workspace(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Empty parts of query, key and value gradients; see `kernels.backward`."""
+        shape, heads = self.shape, self.problem.query_shape[3]
+        items = self.images * self.problem.num_windows
+        widest = max(level.width for level in shape.levels)
+        keys = (items, heads, self.query_blocks, widest, shape.block_d)
+        queries = (items, heads, self.num_tiles, shape.m_pad, shape.block_d)
+        return like.new_empty(queries), like.new_empty(keys), like.new_empty(keys)
+
+    def chunks(self) -> Iterator[range]:
+        """Images of each round of launches."""
+        batch = self.problem.query_shape[0]
+        for start in range(0, batch, self.images):
+            yield range(start, min(start + self.images, batch))

@@ -1,0 +1,56 @@
+"""The GPU report: its parts, its time, and what it says without a GPU."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu_report, timing
+from benchmarks.gpu_report import Part, run_part, write_report
+
+CPU = torch.device("cpu")
+
+
+def test_parts_that_fail_hang_or_lack_a_package_take_nothing_from_the_others(tmp_path):
+    sleep = ("timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)")
+    parts = [
+        (Part("tests", ("no_such_module",)), 20.0),
+        (Part("attention", ("timeit", "-n1", "-r1", "pass"), ("no_such_package",)), 20.0),
+        (Part("throughput", sleep, ()), 0.5),
+        (Part("tune", ("timeit", "-n1", "-r1", "pass"), ()), 20.0),
+    ]
+    for part, seconds in parts:
+        run_part(part, seconds, tmp_path, {})
+    results = write_report(tmp_path / "gpu.md", tmp_path, timing.environment(CPU))
+    assert [r.status for r in results] == ["failed", "failed", "timed out", "passed"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "No module named no_such_module" in text
+    assert "missing packages: no_such_package" in text
+    assert "1 loop, best of 1" in text
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(saved["parts"]) == 4
+
+
+def test_only_files_with_gpu_tests_are_collected():
+    assert "tests/test_gpu.py" in gpu_report.gpu_test_files()
+    assert "tests/test_geometry.py" not in gpu_report.gpu_test_files()
+
+
+def test_the_benchmarks_get_what_the_tests_left(tmp_path):
+    assert gpu_report.ALL_MINUTES < 8.75
+    assert gpu_report.minutes_left(tmp_path) == gpu_report.ALL_MINUTES
+    path = tmp_path / "tests-result.json"
+    for age, expected in ((10.0, gpu_report.ALL_MINUTES - 2), (3600.0, gpu_report.ALL_MINUTES)):
+        path.write_text(json.dumps({"seconds": 120.0, "ended": time.time() - age}))
+        assert gpu_report.minutes_left(tmp_path) == pytest.approx(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_without_a_gpu_the_report_says_so_in_one_line():
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "tests"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("no GPU found; `make bench-gpu-check`")
