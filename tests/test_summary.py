@@ -29,15 +29,17 @@ SMALL: dict[str, Any] = {
 
 
 class Staged(nn.Module):
-    """Two stages between two linear layers, described as timm does."""
+    """Two stages, and linear layers before, between and after them, described as timm does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.feature_info = [{"module": "act"}, {"module": "stages.0"}, {"module": "stages.1"}]
+        self.feature_info = [{"module": "act"}, {"module": "stages.0"}, {"module": "stages.2"}]
         self.embed = nn.Linear(4, 8)
         self.act = nn.Identity()
         self.stages = nn.Sequential(
-            nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 6), nn.ReLU())
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+            nn.Linear(8, 8, bias=False),
+            nn.Sequential(nn.Linear(8, 6), nn.ReLU()),
         )
         self.fc = nn.Linear(6, 3, bias=False)
 
@@ -56,8 +58,8 @@ def test_every_figure_by_hand():
     # A linear layer keeps its input, a ReLU its output, which is the next layer's input: once.
     assert parts == [
         Part("stem", 4 * 8 + 8, 2 * 2 * 4 * 8, 4 * 2 * 4),
-        Part("stages.0", 8 * 8 + 8, 2 * 2 * 8 * 8, 4 * 2 * (8 + 8)),
-        Part("stages.1", 8 * 6 + 6, 2 * 2 * 8 * 6, 4 * 2 * 6),
+        Part("stages.0", 8 * 8 + 8 + 8 * 8, 2 * 2 * (8 * 8 + 8 * 8), 4 * 2 * (8 + 8)),
+        Part("stages.2", 8 * 6 + 6, 2 * 2 * 8 * 6, 4 * 2 * (8 + 6)),
         Part("head", 6 * 3, 2 * 2 * 6 * 3, 0),
     ]
 

@@ -68,9 +68,11 @@ class _Counter:
 
 def stage_names(model: nn.Module) -> list[str]:
     """The modules with parameters that timm's `feature_info` calls stages; none without it."""
-    infos: Any = getattr(model, "feature_info", None) or []
-    names = [str(info["module"]) for info in infos]
-    return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+    infos: Any = getattr(model, "feature_info", None)
+    names = [info.get("module") for info in infos] if isinstance(infos, list) else []
+    modules = dict(model.named_modules())
+    names = [name for name in names if name in modules]
+    return [name for name in names if any(True for _ in modules[name].parameters())]
 
 
 def summarize(
@@ -130,14 +132,14 @@ def _fake(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _count_parameters(model: nn.Module, parts: list[Part], stages: list[str]) -> None:
-    """Give every parameter to its stage, or to what stands before or after the stages."""
+    """Give every parameter to its stage, or the one before it, or to the stem or the head."""
     by_name = {part.name: part for part in parts}
     place = parts[0]
     for name, parameter in model.named_parameters():
         owner = next((stage for stage in stages if name.startswith(f"{stage}.")), None)
         if owner is not None:
             place = by_name[owner]
-        elif place is not parts[0]:  # behind a stage
+        elif stages and place.name == stages[-1]:
             place = parts[-1]
         place.parameters += parameter.numel()
 
@@ -159,8 +161,8 @@ def summary(
     model.train(not settings.freeze_backbone)
     try:
         parts = summarize(model, shape, device=device, dtype=COMPUTE_DTYPES[precision])
-    except RuntimeError as error:  # a forward pass that looks at values cannot do without them
-        return f"no table of {config.model.name} by stage: {error}"
+    except Exception as error:  # as a forward pass that looks at values: the model trains anyhow
+        return f"no table of {config.model.name} by stage: {type(error).__name__}: {error}"
     table = Table(title=config.model.name, title_justify="left", caption_justify="left")
     table.caption = (
         f"beside it {_fixed(config, model) / 2**20:.1f} MiB of weights, gradients, optimiser state"
