@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def export_onnx(model: nn.Module, size: tuple[int, int], file: Path) -> None:
             f'--format onnx needs packages that are missing here: pip install -e ".[export]" '
             f"({error})"
         ) from error
+    # It logs a line for each split of each block, of nothing that a user could change.
+    logging.getLogger("onnxscript.optimizer._constant_folding").setLevel(logging.ERROR)
     program = torch.onnx.export(
         export_program(model, size),
         dynamo=True,
@@ -120,12 +123,15 @@ def export(path: Path, output: Path, form: str, sizes: Sequence[int]) -> list[Pa
     config: Any = model.pretrained_cfg
     written = [output / CONFIG]
     for height, width in [(size, size) for size in sizes] or [config["input_size"][1:]]:
-        if form == "onnx":
-            written.append(output / f"model_{height}x{width}.onnx")
-            export_onnx(model, (height, width), written[-1])
-        else:
-            written.append(output / f"model_{height}x{width}.pt2")
-            torch.export.save(export_program(model, (height, width)), written[-1])
+        ending = "onnx" if form == "onnx" else "pt2"
+        written.append(output / f"model_{height}x{width}.{ending}")
+        try:
+            if form == "onnx":
+                export_onnx(model, (height, width), written[-1])
+            else:
+                torch.export.save(export_program(model, (height, width)), written[-1])
+        except ValueError as error:  # the model's own, of images too small for it
+            raise ConfigError(f"--img-size must suit the model, got {height}: {error}") from error
     return written
 
 

@@ -21,6 +21,7 @@ from models import FocalTransformer
 from models.attention_maps import attention_map
 from models.blocks import FocalBlock
 
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 DOUBLINGS = 3  # of even attention, at which the colours of an overlay end
 
 
@@ -116,7 +117,7 @@ def draw_overlay(
     steps = range(-DOUBLINGS, DOUBLINGS + 1)
     bar = figure.colorbar(scale, ax=grid, ticks=steps, shrink=0.8)
     bar.set_ticklabels([f"1/{2**-n}" if n < 0 else f"{2**n}" for n in steps])
-    bar.set_label("attention to a token, relative to even attention")
+    bar.set_label("attention to a token\nrelative to even attention")
     figure.savefig(path, dpi=120)
 
 
@@ -152,7 +153,14 @@ def check(options: argparse.Namespace, model: nn.Module) -> None:
     if options.top < 1:
         raise ConfigError(f"--top must be positive, got {options.top}")
     if options.overlay is None:
+        for name in ("stage", "block", "head", "query"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} is of the overlay, and needs --overlay OUT.png")
         return
+    if options.overlay.suffix not in PICTURES:
+        raise ConfigError(f"--overlay must end in {', '.join(PICTURES)}, got {options.overlay}")
+    if not options.overlay.parent.is_dir():
+        raise ConfigError(f"--overlay must lie in a folder that exists, got {options.overlay}")
     if not isinstance(model, FocalTransformer):
         raise ConfigError(
             f"--overlay needs a model with focal attention, got {config['architecture']}"
@@ -187,6 +195,9 @@ def predict(options: argparse.Namespace) -> None:
     """
     model = read_model(options.model)
     check(options, model)
+    missing = [str(path) for path in options.images if not path.is_file()]
+    if missing:
+        raise ConfigError(f"IMAGE must be an image file, got {', '.join(missing)}: no such file")
     transform: Any = create_transform(**resolve_model_data_config(model))
     config: Any = model.pretrained_cfg
     images = [_channels(transform(load_rgb(str(path))), config) for path in options.images]

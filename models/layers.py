@@ -8,6 +8,7 @@ accepted, where the released code takes one size alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["ConvEmbed", "Linear", "Mlp", "part_size", "runs_eagerly_on_cpu"]
 
@@ -60,6 +62,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = Fal
     if gelu:
         return _ONEDNN_LINEAR(x, weight, bias, "gelu", [], "none")
     return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+
+
+if _ONEDNN_LINEAR is not None:
+
+    @register_flop_formula(_ONEDNN_LINEAR)
+    def _(x_shape: Sequence[int], weight_shape: Sequence[int], *rest: Any, **shapes: Any) -> int:
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 @torch.library.custom_op("focal::cpu_linear", mutates_args=())

@@ -1,6 +1,7 @@
 """Test session settings: Triton's interpreter, so that the real kernels run on a CPU."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -34,3 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's library keeps to the test's folder and off the network."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # whatever a test does
+    datasets.disable_progress_bars()

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from runs import TINY
 
 from conf import compose
 from training import checkpoint, run
@@ -26,14 +27,9 @@ from training.reporting import Reporter
 
 KILLS = 24
 OPTIONS = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
+    *TINY,
     "model.drop_path_rate=0.3",
     "model.drop_rate=0.1",
-    "data.img_size=28",
-    "logger=none",
     "optimizer.base_lr=5e-3",
     "optimizer.layer_decay=0.8",
     "schedule.warmup_epochs=1",
@@ -48,8 +44,6 @@ OPTIONS = (
     "trainer.ema_decay=0.9",
     "trainer.log_every=5",
     "trainer.checkpoint_every=2",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
     "resume=auto",
 )
 # Of one save: what is called on what, at most how often.

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from runs import MODEL
 
 from conf import compose
 from training import run
 from training.records import Records
 
-FOCAL = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "model.drop_path_rate=0",
-)
+FOCAL = (*MODEL, "model.drop_path_rate=0")
 TINY = (
     "data=synthetic",
     "data.img_size=28",

@@ -12,19 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import TINY, assert_same, trainer
 
 from conf import ConfigError, compose
-from training import NotSavedError, checkpoint, run
+from training import NotSavedError, checkpoint
 from training.records import Records, RunFolder
 
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
-    "logger=none",
-    "schedule.warmup_epochs=0",
+OPTIONS = (
+    *TINY,
     "trainer.epochs=2",
     "trainer.batch_size=8",
     "trainer.limit_train_batches=4",
@@ -32,25 +27,13 @@ TINY = (
     "trainer.ema_decay=0.9",
     "trainer.checkpoint_every=1",
     "trainer.log_every=1",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
 )
+train = trainer(OPTIONS)
 CONTENT = {"model": {"weight": torch.arange(20_000.0)}, "epoch": 3}
-
-
-def train(folder: Path, *overrides: str) -> dict[str, float]:
-    folder.mkdir(exist_ok=True)
-    return run(compose(*TINY, *overrides), folder)
 
 
 def final_weights(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(folder / "last.ckpt")["ema"]
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_a_checkpoint_is_an_ordinary_pytorch_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TINY
 from timm import create_model
 from torch import nn
 
@@ -24,20 +25,12 @@ BASELINES = {
     "deit_small": 21.7,
     "resnet50": 23.5,
 }
-MICRO = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
-    "logger=none",
-    "schedule.warmup_epochs=0",
+OPTIONS = (
+    *TINY,
     "trainer.epochs=1",
     "trainer.batch_size=16",
     "trainer.limit_train_batches=3",
     "trainer.limit_val_batches=1",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
 )
 
 
@@ -89,6 +82,15 @@ def test_a_recipe_that_starts_from_a_file_asks_for_it(name: str) -> None:
         compose(f"experiment=imagenet/{name}", "data.root=x")
 
 
+def test_a_recipe_that_starts_from_a_file_is_not_begun_without_it_by_automatic_resume(
+    tmp_path: Path,
+) -> None:
+    config = compose(*OPTIONS, "finetune=''", "resume=auto")
+    with pytest.raises(ConfigError, match="finetune must name the file of weights"):
+        run(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_fine_tuning_at_384_gives_every_stage_its_window() -> None:
     config = compose("experiment=imagenet/finetune_384", "data.root=x", "finetune=x")
     assert config.data.img_size == 384
@@ -113,11 +115,11 @@ def test_linear_evaluation_trains_the_classifier_alone(name: str) -> None:
 
 def test_a_linear_evaluation_from_a_run_leaves_its_backbone_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
-    run(compose(*MICRO), tmp_path / "first")
+    run(compose(*OPTIONS), tmp_path / "first")
     file = tmp_path / "first/best.ckpt"
     (tmp_path / "linear").mkdir()
     run(
-        compose(*MICRO, "trainer.freeze_backbone=true", f"finetune={file}", "optimizer=sgd"),
+        compose(*OPTIONS, "trainer.freeze_backbone=true", f"finetune={file}", "optimizer=sgd"),
         tmp_path / "linear",
     )
     before, after = (checkpoint.load(tmp_path / f"{n}/best.ckpt") for n in ("first", "linear"))

@@ -6,34 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TINY, trainer
 
-from conf import ConfigError, compose, expand_resume
-from training import RunStopped, checkpoint, run
+from conf import ConfigError, expand_resume
+from training import RunStopped, checkpoint
 from training.loop import Trainer
 from training.reporting import Reporter
 
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
-    "logger=none",
-    "schedule.warmup_epochs=0",
+OPTIONS = (
+    *TINY,
     "trainer.epochs=2",
     "trainer.batch_size=8",
     "trainer.limit_train_batches=4",
     "trainer.limit_val_batches=3",
     "trainer.log_every=1",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
     "resume=auto",
 )
-
-
-def train(folder: Path, *overrides: str) -> dict[str, float]:
-    folder.mkdir(exist_ok=True)
-    return run(compose(*TINY, *overrides), folder)
+train = trainer(OPTIONS)
 
 
 def signal_at(patch: pytest.MonkeyPatch, step: int, number: int) -> None:

@@ -11,21 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from runs import TINY
 
 from training import checkpoint
 
 ENDS = ("SAVING", "SIGKILL", "SIGTERM", "SIGINT")
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
+OPTIONS = (
+    *TINY,
     "model.drop_path_rate=0.2",
-    "data.img_size=28",
     "data.num_workers=1",
-    "logger=none",
-    "schedule.warmup_epochs=0",
     "trainer.epochs=3",
     "trainer.batch_size=4",
     "trainer.accumulate=2",
@@ -34,8 +29,6 @@ TINY = (
     "trainer.ema_decay=0.9",
     "trainer.log_every=5",
     "trainer.checkpoint_every=3",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
 )
 
 
@@ -133,10 +126,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_a_process_that_is_killed_is_continued_by_naming_its_folder(tmp_path: Path) -> None:
-    whole = begin(tmp_path, *TINY, "hydra.run.dir=whole")
+    whole = begin(tmp_path, *OPTIONS, "hydra.run.dir=whole")
     assert finish(whole)[0] == 0
 
-    first = begin(tmp_path, *TINY, "hydra.run.dir=cut")
+    first = begin(tmp_path, *OPTIONS, "hydra.run.dir=cut")
     read_until(first, "step 15/")
     first.kill()
     assert finish(first)[0] == -signal.SIGKILL
@@ -160,7 +153,7 @@ def test_a_process_that_is_killed_is_continued_by_naming_its_folder(tmp_path: Pa
 def test_a_second_ctrl_c_stops_at_once_and_damages_nothing(tmp_path: Path) -> None:
     """The first one comes in an accumulated step of seconds, which the second does not wait for."""
     slow = (
-        *TINY,
+        *OPTIONS,
         "trainer.accumulate=20",
         "trainer.batch_size=64",
         "trainer.checkpoint_every=null",

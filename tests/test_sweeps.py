@@ -62,7 +62,7 @@ def test_torchrun_starts_one_run_of_all_its_processes(tmp_path: Path) -> None:
     )
     assert started.returncode == 0, started.stderr
     assert started.stdout.count("results in") == 1
-    assert "2 cpu" in started.stdout
+    assert "2 x CPU (" in started.stdout
     assert len(list(tmp_path.glob("outputs/focal_micro/*"))) == 1
     assert len(list(tmp_path.glob("outputs/focal_micro/*/last.ckpt"))) == 1
 
@@ -86,7 +86,7 @@ def test_members_of_a_parallel_sweep_have_several_processes_and_never_repeat_the
     for member in ("0", "1"):
         output = (tmp_path / "sweep" / member / "console.log").read_text()
         assert output.count("results in") == 1
-        assert "2 cpu" in output
+        assert "2 x CPU (" in output
         overrides = yaml.safe_load((tmp_path / "sweep" / member / ".hydra/overrides.yaml").open())
         assert f"trainer.seed={int(member) + 1}" in overrides
 

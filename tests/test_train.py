@@ -6,23 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
-    "logger=none",
+OPTIONS = (
+    *TINY,
     "optimizer=sgd",
     "optimizer.base_lr=0.05",
-    "schedule.warmup_epochs=0",
     "trainer.epochs=2",
     "trainer.limit_train_batches=4",
-    "trainer.accelerator=cpu",
     "trainer.checkpoint_every=3",
-    "trainer.precision=32-true",
 )
 
 
@@ -42,7 +35,7 @@ def python_train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 
 def test_each_run_of_a_sweep_has_a_folder_of_its_own(tmp_path: Path) -> None:
     options = ("trainer.epochs=1", "trainer.limit_train_batches=1", "trainer.checkpoint_every=null")
-    done = python_train(tmp_path, "-m", *TINY, *options, "trainer.seed=1,2")
+    done = python_train(tmp_path, "-m", *OPTIONS, *options, "trainer.seed=1,2")
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("outputs/focal_micro/*_sweep/*/best.ckpt"))) == 2
 

@@ -7,35 +7,24 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from runs import TINY, trainer
 from safetensors.torch import load_file, save_file
 
 from conf import ConfigError, compose
 from conf.schema import DistillationConfig
 from data import build
-from training import checkpoint, run
+from training import checkpoint
 from training.distillation import Teacher
 from training.loop import Trainer
 
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
-    "logger=none",
-    "schedule.warmup_epochs=0",
+OPTIONS = (
+    *TINY,
     "trainer.epochs=1",
     "trainer.batch_size=8",
     "trainer.limit_train_batches=8",
     "trainer.limit_val_batches=1",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
 )
-
-
-def train(folder: Path, *overrides: str) -> dict[str, float]:
-    folder.mkdir()
-    return run(compose(*TINY, *overrides), folder)
+train = trainer(OPTIONS)
 
 
 def test_a_batch_whose_loss_is_not_finite_is_saved_as_the_model_saw_it(
@@ -94,7 +83,7 @@ def test_the_distillation_loss_is_the_weighted_sum_of_labels_and_softened_predic
         temperature=3.0,
         alpha=0.3,
     )
-    teacher = Teacher(config, build(compose(*TINY).data))
+    teacher = Teacher(config, build(compose(*OPTIONS).data))
     images, logits = torch.randn(4, 3, 28, 28), torch.randn(4, 10, requires_grad=True)
     label_loss = torch.tensor(2.0)
     with torch.no_grad():

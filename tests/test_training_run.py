@@ -9,6 +9,7 @@ import torch
 import yaml
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.precision.amp import MixedPrecision
+from runs import SETTINGS, TINY, assert_same, trainer
 
 from conf import ConfigError, compose
 from data import build
@@ -18,30 +19,19 @@ from training.loop import Trainer
 from training.model import build_model
 from training.reporting import Reporter
 from training.run import resolve_precision
+from training.saving import restore
 
-TINY = (
-    "model=focal_micro",
-    "model.depths=[1,1]",
-    "model.num_heads=[1,2]",
-    "model.region_sizes=[5,3]",
-    "data.img_size=28",
+OPTIONS = (
+    *TINY,
     "data.num_workers=0",
-    "logger=none",
-    "schedule.warmup_epochs=0",
     "trainer.epochs=2",
     "trainer.batch_size=16",
     "trainer.eval_batch_size=50",
     "trainer.limit_train_batches=6",
     "trainer.limit_val_batches=2",
     "trainer.log_every=2",
-    "trainer.accelerator=cpu",
-    "trainer.precision=32-true",
 )
-
-
-def train(folder: Path, *overrides: str) -> dict[str, float]:
-    folder.mkdir()
-    return run(compose(*TINY, *overrides), folder)
+train = trainer(OPTIONS)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -53,12 +43,6 @@ def lines(folder: Path) -> list[dict]:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(path)["model"]
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_a_run_leaves_its_configuration_metrics_curves_and_checkpoints(
@@ -87,7 +71,7 @@ def test_a_run_leaves_its_configuration_metrics_curves_and_checkpoints(
     assert result["top1"] == max(record["val_top1"] for record in epochs)
     printed = capsys.readouterr().out
     first = printed.splitlines()[0]
-    for part in ("focal_micro", "digits", "1 cpu", "32-true", "eager attention", str(folder)):
+    for part in ("focal_micro", "digits", "CPU (", "32-true", "eager attention", str(folder)):
         assert part in first
     for part in ("loss", "acc", "img/s", "left", "epoch 2/2", "best.ckpt"):
         assert part in printed
@@ -260,7 +244,7 @@ def test_a_folder_that_holds_a_run_is_not_written_to(tmp_path: Path) -> None:
     train(tmp_path / "run", "trainer.epochs=1")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match="already holds a run"):
-        run(compose(*TINY), tmp_path / "run")
+        run(compose(*OPTIONS), tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
@@ -305,16 +289,25 @@ def test_a_run_in_another_format_stays_close_to_the_plain_one(
     )
 
 
-def test_gradients_are_clipped_where_a_loss_scaler_is_at_work(tmp_path: Path) -> None:
-    config = compose(*TINY, "trainer.clip_grad=1.0", "trainer.epochs=1")
-    # What Fabric uses for 16-mixed on a GPU, here with a scaler for the CPU.
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+def scaled_trainer(scale: float, *overrides: str) -> Trainer:
+    """What Fabric makes for 16-mixed on a GPU, here with a scaler for the CPU."""
+    config = compose(*OPTIONS, "trainer.clip_grad=1.0", *overrides)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=4)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[plugin])
     data = build(config.data)
-    model = build_model(config.model, data, seed=0)
-    trainer = Trainer(config, fabric=fabric, model=model, data=data)
-    result = trainer.fit(tmp_path, Reporter(RunConsole(epochs=1, enabled=False), None))
+    return Trainer(config, fabric=fabric, model=build_model(config.model, data, seed=0), data=data)
+
+
+def test_a_loss_scaler_clips_after_unscaling_and_continues_with_its_scale(tmp_path: Path) -> None:
+    first = scaled_trainer(2.0**10, "trainer.epochs=1")
+    result = first.fit(tmp_path, Reporter(RunConsole(epochs=1, enabled=False), None))
     assert math.isfinite(result["loss"])
+    content = checkpoint.load(tmp_path / "last.ckpt")
+    assert content["scaler"]["scale"] == 2.0**11  # after four of six steps
+    second = scaled_trainer(1.0)
+    restore(second, content)
+    assert second.fabric.strategy.precision.state_dict() == content["scaler"]
 
 
 @pytest.mark.parametrize(
@@ -331,14 +324,18 @@ def test_automatic_precision_is_bfloat16_only_where_the_processor_has_it(
 
 
 def test_any_timm_model_trains_as_a_baseline(tmp_path: Path) -> None:
-    config = compose(*TINY[4:], "model=timm", "model.name=test_resnet", "trainer.epochs=1")
+    limits = ("trainer.epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1")
+    config = compose(*SETTINGS, *limits, "model=timm", "model.name=test_resnet")
     (tmp_path / "run").mkdir()
     assert run(config, tmp_path / "run")["epoch"] == 1
 
 
-def test_weights_and_biases_keeps_an_offline_run_in_the_run_folder(
+def test_weights_and_biases_keeps_an_offline_run_in_the_run_folder_and_continues_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path / "run", "logger=wandb", "trainer.epochs=1")
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    train(tmp_path / "run", "logger=wandb", f"resume={tmp_path / 'run'}")
+    parts = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(parts) == 2
+    assert len({part.name for part in parts}) == 1  # the id
     assert "wandb: " not in "".join(capfd.readouterr())

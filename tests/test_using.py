@@ -209,6 +209,10 @@ def test_the_likeliest_classes_are_those_of_the_logits():
     ("words", "message"),
     [
         (["--top", "0"], "--top must be positive, got 0"),
+        ([], r"IMAGE must be an image file, got none\.png: no such file"),
+        (["--stage", "1"], "--stage is of the overlay, and needs --overlay OUT.png"),
+        (["--overlay", "x.txt"], r"--overlay must end in \.png, .*, got x\.txt"),
+        (["--overlay", "none/x.png"], "--overlay must lie in a folder that exists, got none/x.png"),
         (["--overlay", "x.png", "--stage", "3"], "--stage must lie from 1 to 2, got 3"),
         (["--overlay", "x.png", "--stage", "1", "--block", "3"], "--block must lie from 1 to 2"),
         (["--overlay", "x.png", "--query", "56", "0"], "--query must be a pixel of the model's 56"),
@@ -239,6 +243,11 @@ def test_an_exported_program_gives_the_models_logits_for_any_batch(run_dir, tmp_
         torch.testing.assert_close(
             program(images[:count]), model(images[:count]), atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_size_that_the_model_cannot_take_is_told(run_dir, tmp_path):
+    with pytest.raises(ConfigError, match=r"--img-size must suit the model, got 3: .*large enough"):
+        export.export(run_dir, tmp_path / "out", "torch_export", [3])
 
 
 def test_onnxruntime_gives_the_models_logits_at_two_sizes(tmp_path):
@@ -285,13 +294,24 @@ def test_torch_hub_builds_a_model_from_a_file(run_dir, tmp_path):
 # -- the newcomer's path --------------------------------------------------------------------------
 
 
-def test_importing_models_brings_none_of_the_libraries_of_training():
-    code = (
-        "import sys, models;"
-        "heavy = {'sklearn', 'matplotlib', 'hydra', 'lightning_fabric', 'torchmetrics', 'onnx'};"
-        "print(*sorted(heavy & {*sys.modules}))"
-    )
+def modules_after(code: str, names: set[str]) -> set[str]:
+    """Which of the modules a fresh process has after running `code`."""
+    code = f"import sys\n{code}\nprint(*{names!r} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == ""
+    return set(done.stdout.split())
+
+
+def test_importing_models_brings_none_of_the_libraries_of_training():
+    heavy = {"sklearn", "matplotlib", "hydra", "lightning_fabric", "torchmetrics", "onnx"}
+    assert modules_after("import models", heavy) == set()
+
+
+def test_mistakes_are_told_before_pytorch_is_imported():
+    assert modules_after("import train", {"torch", "timm", "hydra"}) == {"hydra"}
+
+
+def test_training_brings_no_library_that_the_run_does_not_need():
+    heavy = {"datasets", "webdataset", "onnx", "onnxscript", "pandas", "torch"}
+    assert modules_after("import training", heavy) == {"torch"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_run import TINY
+from test_training_run import OPTIONS
 
 from conf import compose
 from training import run
@@ -51,9 +51,9 @@ def test_the_calibration_error_is_that_of_its_bins():
 
 def test_an_evaluation_only_run_writes_its_report(tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
-    trained = run(compose(*TINY, "trainer.epochs=1"), tmp_path / "run")
+    trained = run(compose(*OPTIONS, "trainer.epochs=1"), tmp_path / "run")
     (tmp_path / "again").mkdir()
-    again = compose(*TINY, "eval_only=true", f"resume={tmp_path / 'run' / 'best.ckpt'}")
+    again = compose(*OPTIONS, "eval_only=true", f"resume={tmp_path / 'run' / 'best.ckpt'}")
     result = run(again, tmp_path / "again")
     details = json.loads((tmp_path / "again/evaluation.json").read_text())
     assert details["top1"] == result["top1"] == trained["top1"]

@@ -40,6 +40,10 @@ class RunConsole:
         """Print one line, above the bar if it is shown."""
         self.console.print(text, markup=False)
 
+    def overview(self, content: Table | str) -> None:
+        """Print the model's table, or the line that stands for it."""
+        self.console.print(content, markup=False)
+
     def start(self, *, total_steps: int, first_step: int = 0) -> None:
         """Show the bar of a run of `total_steps`, `first_step` of them done before; starts time."""
         self.total_steps = total_steps

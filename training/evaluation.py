@@ -104,6 +104,7 @@ class EvaluationReport(ClassificationMetrics):
             "o",
             color="C1",
             markersize=4,
+            clip_on=False,  # at 100 %
         )
         above.set(
             ylabel="accuracy (%)",

@@ -35,19 +35,23 @@ def build_model(config: ModelConfig, data: ImageData, *, seed: int) -> nn.Module
         for name, value in asdict(config).items()
         if value is not None and name not in ("name", "kwargs")
     }
+    checkpointing = options.pop("grad_checkpointing", False)
     if config.name.startswith(FAMILY):
         options["img_size"] = data.img_size
     seed_global(seed)
     try:
-        return timm.create_model(
+        model = timm.create_model(
             config.name,
             num_classes=data.num_classes,
             in_chans=data.in_chans,
             **options,
             **config.kwargs,
         )
-    except (RuntimeError, TypeError, ValueError) as error:
+        if checkpointing:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"model {config.name} cannot be built: {error}") from error
+    return model
 
 
 def freeze_backbone(model: nn.Module) -> None:

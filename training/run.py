@@ -30,6 +30,7 @@ from training.reporting import Reporter
 from training.resuming import AUTO, CONFIG, Resumed, find, set_damaged_aside
 from training.saving import restore
 from training.signals import RunStopped, requeue
+from training.summary import summary
 
 
 def run(config: Config, run_dir: Path) -> dict[str, float]:
@@ -54,6 +55,12 @@ def run(config: Config, run_dir: Path) -> dict[str, float]:
     _set_up_torch(config.trainer)
     data = build(config.data)
     resumed = find(config, run_dir)
+    beginning = resumed is None or resumed.path is None
+    if config.finetune == "" and beginning:
+        raise ConfigError(
+            "finetune must name the file of weights that this experiment starts from: there is "
+            f"no checkpoint in {run_dir} to continue"
+        )
     precision = resolve_precision(config.trainer)
     fabric = _make_fabric(config.trainer, precision)
     console = RunConsole(epochs=config.trainer.epochs, enabled=fabric.is_global_zero)
@@ -65,13 +72,16 @@ def run(config: Config, run_dir: Path) -> dict[str, float]:
             return resumed.content["best"]
     model = build_model(config.model, data, seed=config.trainer.seed)
     backend = attention_backend(model, fabric.device, precision)
-    if config.finetune and (resumed is None or resumed.path is None):
+    if config.finetune and beginning:
         _load_weights(model, config.finetune, console)
     if config.trainer.freeze_backbone:
         freeze_backbone(model)
     fabric.launch()
     run_dir = Path(fabric.broadcast(str(run_dir)))
 
+    overview = None
+    if fabric.is_global_zero and not config.eval_only:  # before the trainer wraps the model
+        overview = summary(config, model, data, device=fabric.device, precision=precision)
     trainer = Trainer(config, fabric=fabric, model=model, data=data)
     if resumed is not None:
         _restore(trainer, resumed, console)
@@ -81,12 +91,14 @@ def run(config: Config, run_dir: Path) -> dict[str, float]:
     reporter = Reporter(console, records)
     parts = [
         f"{config.model.name} ({_millions(model)} parameters) on {config.data.name}",
-        f"{fabric.world_size} {fabric.device.type}",
+        _devices(fabric),
         precision,
         f"{backend} attention" if backend else "no focal attention",
         f"results in {run_dir}",
     ]
     console.line(" · ".join(parts))
+    if overview is not None:
+        console.overview(overview)
     failed, warned = True, False
     try:
         if config.eval_only:
@@ -161,6 +173,17 @@ def _make_fabric(settings: TrainerConfig, precision: str) -> Fabric:
             "trainer.precision must be 32-true or bf16-mixed on a CPU, got '16-mixed'"
         )
     return fabric
+
+
+def _devices(fabric: Fabric) -> str:
+    """What the run computes on, in words."""
+    if fabric.device.type == "cuda":
+        name = torch.cuda.get_device_name(fabric.device)
+    elif fabric.device.type == "cpu":
+        name = f"CPU ({torch.get_num_threads()} threads)"
+    else:
+        name = fabric.device.type
+    return name if fabric.world_size == 1 else f"{fabric.world_size} x {name}"
 
 
 def _load_weights(model: nn.Module, path: str, console: RunConsole) -> None:
