@@ -32,8 +32,8 @@ __all__ = ["focal_attention"]
 _Inputs = ParamSpec("_Inputs")
 _Result = TypeVar("_Result")
 
-# Scores of one step, in elements: 4 MiB in float32 stays in the second- and third-level caches.
-SCORES_PER_STEP = {"cpu": 2**19, "other": 2**26}
+# Scores of one step, in elements: 2.5 MiB in float32 stays in the second- and third-level caches.
+SCORES_PER_STEP = {"cpu": 5 * 2**17, "other": 2**26}
 
 
 def focal_attention(
