@@ -67,7 +67,7 @@ class BiasGradient:
     def __init__(self, plan: Plan, bias: Tensor, dtype: torch.dtype) -> None:
         self._keys = plan.keys
         self._sum = bias.new_zeros(bias.shape, dtype=dtype)
-        self._windowed = self._sum[..., : len(plan.keys.windowed)].clone()
+        self._windowed = bias.new_zeros(*bias.shape[:2], plan.keys.num_columns, dtype=dtype)
         self._shared: dict[int, tuple[Band, Tensor]] = {}
 
     def add(self, band: Band, grad: Tensor) -> None:
@@ -75,18 +75,20 @@ class BiasGradient:
         keys, dtype = self._keys, self._sum.dtype
         grad = grad.unflatten(0, (-1, band.num_windows, len(self._sum)))
         windowed = len(keys.windowed)
-        if windowed:
-            self._windowed += grad[..., :windowed].sum(dim=(0, 1), dtype=dtype)
+        if windowed:  # of all columns: a sum of whole rows is faster
+            self._windowed += grad.sum(dim=(0, 1), dtype=dtype)
         if band.pairs is not None:
-            part = grad[..., windowed : keys.num_keys].sum(dim=0, dtype=dtype)
+            part = grad[..., windowed : keys.num_keys]
+            part = part[0] if len(part) == 1 else part.sum(dim=0, dtype=dtype)
             if id(band) in self._shared:
                 self._shared[id(band)][1].add_(part)
             else:
-                self._shared[id(band)] = band, part
+                self._shared[id(band)] = band, part.to(dtype, copy=True)
 
     def total(self) -> Tensor:
         """`[heads, window_size², num_keys]`."""
-        self._sum[..., self._keys.windowed] = self._windowed
+        windowed = self._keys.windowed
+        self._sum[..., windowed] = self._windowed[..., : len(windowed)]
         for band, grad in self._shared.values():
             assert band.pairs is not None
             collected = band.pairs.collect(grad)

@@ -40,7 +40,7 @@ class SharedPairs:
         Args:
             bias: `[heads, window_size², keys]`.
         """
-        found = _gather(bias.flatten(1), self.pair.flatten(), missing=-torch.inf)
+        found = _gather(bias, self.pair.flatten(), missing=-torch.inf)
         return found.unflatten(1, self.pair.shape).transpose(0, 1)
 
     def collect(self, grad: Tensor) -> Tensor:
@@ -49,13 +49,16 @@ class SharedPairs:
         Args:
             grad: `[windows, heads, queries, cells]`.
         """
-        found = _gather(grad.transpose(0, 1).flatten(1), self.place.flatten(), missing=0.0)
+        found = _gather(grad.transpose(0, 1), self.place.flatten(), missing=0.0)
         return found.unflatten(1, self.place.shape).sum(dim=1)
 
 
 def _gather(source: Tensor, index: Tensor, *, missing: float) -> Tensor:
-    """``source[:, index]``, with ``missing`` for the index one past the end."""
-    padded = torch.cat((source, source.new_full((len(source), 1), missing)), dim=1)
+    """``source.flatten(1)[:, index]``, with ``missing`` for the index one past the end."""
+    size = source[0].numel()
+    padded = source.new_empty(len(source), size + 1)
+    padded[:, :size].view(source.shape).copy_(source)
+    padded[:, size] = missing
     return padded.gather(1, index.expand(len(source), -1))
 
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 __all__ = ["ConvEmbed", "Linear", "Mlp", "part_size", "runs_eagerly_on_cpu"]
 
-# What one part of a batch should hold in its widest map, in elements: 2 MiB in float32. And rows
+# What one part of a batch should hold in its widest map, in elements: 4 MiB in float32. And rows
 # enough for a matrix product to be efficient.
-PART_SIZE = 2**19
+PART_SIZE = 2**20
 PART_ROWS = 512
 
 _ONEDNN_LINEAR = (
