@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
+from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Scratch
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.eager_windows import Band, Plan, make_plan
@@ -31,8 +32,8 @@ __all__ = ["focal_attention"]
 _Inputs = ParamSpec("_Inputs")
 _Result = TypeVar("_Result")
 
-# Scores of one step, in elements: 4 MiB in float32 stays in the second- and third-level caches.
-SCORES_PER_STEP = {"cpu": 2**19, "other": 2**26}
+# Scores of one step, in elements: 2.5 MiB in float32 stays in the second- and third-level caches.
+SCORES_PER_STEP = {"cpu": 5 * 2**17, "other": 2**26}
 
 
 def focal_attention(
@@ -89,9 +90,10 @@ def _bands(
     map_size: tuple[int, int],
     num_heads: int,
     device: torch.device,
+    share: bool,
 ) -> Plan:
     budget = SCORES_PER_STEP["cpu" if device.type == "cpu" else "other"]
-    return make_plan(geometry, size, map_size, num_heads, device, budget)
+    return make_plan(geometry, size, map_size, num_heads, device, budget, share=share)
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,8 @@ class _Reader:
     ) -> None:
         self._plan = plan
         self._queries = Gathered([query[None]], [plan.queries], plan.loaded)
-        self._keys = Gathered(key_values, plan.levels, plan.loaded)
-        self._bias = bias.to(query.dtype)
-        # A bias of -inf excludes a pair as well, and may leave a query without any key.
-        self._excludes = bool(torch.isneginf(self._bias).any())
-        self._dense: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self._keys = Gathered([key_values[i] for i in plan.order], plan.levels, plan.loaded)
+        self._bias = BandBias(plan, bias.to(query.dtype))
 
     def steps(self, loaded: slice, scratch: Scratch) -> Iterator[_Step]:
         """Gather these images of the batch, band by band; each step overwrites the one before."""
@@ -151,17 +150,9 @@ class _Reader:
         self._keys.load(loaded)
         for band, images in self._plan.steps(loaded):
             query = self._queries.read(band, images, scratch, "query")[0]
-            key_value = self._keys.read(band, images, scratch, "key and value")
-            yield _Step(band, images, query, key_value, *self._band_bias(band))
-
-    def _band_bias(self, band: Band) -> tuple[Tensor, Tensor | None]:
-        """The bias of a band, and which of its queries have no key, if any."""
-        kind = band.num_windows, id(band.mask)  # inner bands share one
-        if kind not in self._dense:
-            bias = band.dense_bias(self._bias)
-            look = self._excludes or band.no_key
-            self._dense[kind] = bias, torch.isneginf(bias).all(-1, keepdim=True) if look else None
-        return self._dense[kind]
+            columns = self._plan.keys.num_columns
+            key_value = self._keys.read(band, images, scratch, "key and value", columns)
+            yield _Step(band, images, query, key_value, *self._bias.of(band))
 
 
 @dataclass(frozen=True)
@@ -173,14 +164,17 @@ class _Dropout:
     plan: Plan
 
     def factor(self, step: _Step, loaded: slice, weight: Tensor) -> Tensor:
-        """0 or ``1 / (1 − p)`` for each of a step's weights."""
+        """0 or ``1 / (1 − p)`` for each of a step's weights; 1 for padding, whose weight is 0."""
         start, stop = (loaded.start + x for x in (step.images.start, step.images.stop))
         images = torch.arange(start, stop, device=weight.device)
-        win_rows, win_cols = self.plan.num_windows
+        win_rows, win_cols = self.plan.queries.count
         window = step.band.window_numbers(win_cols, weight.device)
         row = row_index(images, window, win_rows * win_cols, step.heads).flatten()
-        kept = keep_mask(self.seed, self.probability, row, *weight.shape[1:])
-        return kept.to(weight.dtype) / (1.0 - self.probability)
+        num_keys = self.plan.keys.num_keys
+        kept = keep_mask(self.seed, self.probability, row, weight.shape[1], num_keys)
+        factor = torch.ones_like(weight)
+        factor[..., :num_keys] = kept.to(weight.dtype) / (1.0 - self.probability)
+        return factor
 
 
 def _in_given_dtype(function: Callable[_Inputs, _Result]) -> Callable[_Inputs, _Result]:
@@ -212,7 +206,7 @@ def _attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     geometry = decode_geometry(geometry_code)
-    plan = _plan(geometry, query, map_size)
+    plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values, bias)
     dropout = _dropout(dropout_p, dropout_seed, plan)
@@ -232,10 +226,13 @@ def _attention(
     return out[0]
 
 
-def _plan(geometry: FocalGeometry, query: Tensor, map_size: Sequence[int]) -> Plan:
+def _plan(
+    geometry: FocalGeometry, query: Tensor, map_size: Sequence[int], dropout_p: float
+) -> Plan:
     _, height, width, heads, _ = query.shape
     real = (map_size[0], map_size[1])
-    return _bands(geometry, (height, width), real, heads, query.device)
+    # Dropout counts the keys of a window in canonical order.
+    return _bands(geometry, (height, width), real, heads, query.device, dropout_p == 0.0)
 
 
 def _dropout(probability: float, seed: Tensor | None, plan: Plan) -> _Dropout | None:
@@ -293,7 +290,7 @@ def _attention_backward(
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
     geometry = decode_geometry(geometry_code)
-    plan = _plan(geometry, query, map_size)
+    plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values, bias)
     dropout = _dropout(dropout_p, dropout_seed, plan)
@@ -305,9 +302,9 @@ def _attention_backward(
     grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]), dtype=sum_dtype)
     sides = grad_maps.permute(3, 0, 1, 2, 4, 5)
     grad_key_values = [sides[1:], *(x.new_empty(x.shape, dtype=sum_dtype) for x in key_values[1:])]
-    grad_bias = torch.zeros_like(bias, dtype=sum_dtype)
+    grad_bias = BiasGradient(plan, bias, sum_dtype)
     query_sums = Gathered([sides[:1]], [plan.queries], plan.loaded)
-    key_value_sums = Gathered(grad_key_values, plan.levels, plan.loaded)
+    key_value_sums = Gathered([grad_key_values[i] for i in plan.order], plan.levels, plan.loaded)
 
     scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
@@ -335,7 +332,7 @@ def _attention_backward(
             query_sums.add(*where, _scaled_product(d_score, step.key, scale, out=d_out)[None])
             _scaled_product(d_score.mT, step.query, scale, out=step.key)
             key_value_sums.add(*where, step.key_value)
-            grad_bias += d_score.unflatten(0, (-1, step.heads)).sum(dim=0, dtype=sum_dtype)
+            grad_bias.add(step.band, d_score)
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)
     grad_weights = []
@@ -346,7 +343,7 @@ def _attention_backward(
                 grad_weight += add_pool_gradient(grad_x, grad, x, weight, geometry)
         grad_weights.append(grad_weight.to(weight.dtype))
     coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
-    return [grad_maps.to(query.dtype), *coarse, *grad_weights, grad_bias.to(bias.dtype)]
+    return [grad_maps.to(query.dtype), *coarse, *grad_weights, grad_bias.total().to(bias.dtype)]
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Gathered:
             (x, patch, None if patch.is_view else patch.new_unrolled(x, images))
             for x, patch in zip(maps, patches, strict=True)
         ]
-        self._sizes = [patch.region**2 for patch in patches]
+        self._sizes = [patch.size for patch in patches]
         self._windows: list[Tensor] = []
 
     def load(self, images: slice) -> None:
@@ -53,20 +53,29 @@ class Gathered:
             part = None if buffer is None else buffer[:, : images.stop - images.start]
             self._windows.append(patch.windows(patch.unroll(source[:, images], part)))
 
-    def read(self, band: Band, images: slice, out: Scratch, name: str) -> Tensor:
-        """`[sides, images · windows · heads, tokens, dim]`, the levels one after another.
+    def read(
+        self, band: Band, images: slice, out: Scratch, name: str, size: int | None = None
+    ) -> Tensor:
+        """`[sides, images · windows · heads, size, dim]`, the levels one after another, then zeros.
 
         Args:
             band: Windows.
             images: Which of those that were taken up.
             out: Where the memory comes from.
             name: Its name there.
+            size: Tokens of a window; None for no more than there are.
         """
         windows = [band.of(x[:, images]) for x in self._windows]
         *outer, _, _, dim = windows[0].shape
-        gathered = out(name, *outer, sum(self._sizes), dim)
-        for squares, part in zip(windows, gathered.split(self._sizes, dim=-2), strict=True):
+        count = sum(self._sizes)
+        gathered = out(name, *outer, count if size is None else size, dim)
+        start = 0
+        for squares, tokens in zip(windows, self._sizes, strict=True):
+            part = gathered.narrow(-2, start, tokens)
             part.unflatten(-2, squares.shape[-3:-1]).copy_(squares)
+            start += tokens
+        if size is not None and size > count:
+            gathered[..., count:, :].zero_()
         return gathered.flatten(1, 4)
 
     def start_sum(self, images: slice) -> None:
@@ -84,9 +93,12 @@ class Gathered:
     def add(self, band: Band, images: slice, tokens: Tensor) -> None:
         """Add `[sides, images · windows · heads, tokens, dim]`: the transpose of `read`."""
         windows = [band.of(x[:, images]) for x in self._windows]
-        parts = tokens.unflatten(1, windows[0].shape[1:5]).split(self._sizes, dim=-2)
-        for (_, patch, _), view, part in zip(self._levels, windows, parts, strict=True):
-            patch.add_windows(part.unflatten(-2, view.shape[-3:-1]), view)
+        parts = tokens.unflatten(1, windows[0].shape[1:5])
+        start = 0
+        for (_, patch, _), view in zip(self._levels, windows, strict=True):
+            part = parts.narrow(-2, start, patch.size)
+            patch.add_windows(part.unflatten(-2, patch.square), view)
+            start += patch.size
 
     def finish_sum(self, images: slice) -> None:
         """Put the sums of these images into the maps."""

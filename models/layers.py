@@ -21,9 +21,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["ConvEmbed", "Linear", "Mlp", "part_size", "runs_eagerly_on_cpu"]
 
-# What one part of a batch should hold in its widest map, in elements: 2 MiB in float32. And rows
+# What one part of a batch should hold in its widest map, in elements: 4 MiB in float32. And rows
 # enough for a matrix product to be efficient.
-PART_SIZE = 2**19
+PART_SIZE = 2**20
 PART_ROWS = 512
 
 _ONEDNN_LINEAR = (
@@ -159,15 +159,40 @@ def _is_exact(x: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """A linear layer that, without a gradient, uses the fastest product a CPU has."""
+    """A linear layer that uses the fastest product a CPU has."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not _is_exact(x):
+        if x.device.type != "cpu" or not _is_exact(x):
             return super().forward(x)
-        if torch.compiler.is_compiling():
-            return _opaque_product(x, self.weight, self.bias)
-        return _product(x, self.weight, self.bias)
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled():
+            if compiling:
+                return super().forward(x)
+            return _LinearFunction.apply(x, self.weight, self.bias)
+        return (_opaque_product if compiling else _product)(x, self.weight, self.bias)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """`_product` with a gradient, whose product with the weights is `_product` as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(grad, weight.t(), None)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(dim=0)
+        return grad_x, grad_weight, grad_bias
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,96 @@
+"""The bias of whole bands in the eager backend, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.eager_windows import Band, Plan
+
+__all__ = ["BandBias", "BiasGradient"]
+
+
+class BandBias:
+    """The bias of each band, as scores take it; bands that are alike share one.
+
+    Args:
+        plan: Bands and columns.
+        bias: `[heads, window_size², num_keys]`.
+    """
+
+    def __init__(self, plan: Plan, bias: Tensor) -> None:
+        self._keys = plan.keys
+        self._bias = bias
+        # A bias of -inf excludes a pair as well, and may leave a query without any key.
+        self._excludes = bool(torch.isneginf(bias).any())
+        self._dense: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, band: Band) -> tuple[Tensor, Tensor | None]:
+        """The bias, and which queries have no key, if any.
+
+        Returns:
+            `[windows · heads, queries, columns]`, -inf where there is no key; shared by the images.
+            And bool `[windows · heads, queries, 1]`, or None.
+        """
+        kind = band.num_windows, id(band.mask), id(band.pairs)  # inner bands share one
+        if kind not in self._dense:
+            bias = self._make(band).flatten(0, 1)
+            look = self._excludes or band.no_key
+            self._dense[kind] = bias, torch.isneginf(bias).all(-1, keepdim=True) if look else None
+        return self._dense[kind]
+
+    def _make(self, band: Band) -> Tensor:
+        """`[windows, heads, queries, columns]`."""
+        keys, bias = self._keys, self._bias
+        windowed = len(keys.windowed)
+        queries = bias.shape[1] if band.pairs is None else band.pairs.pair.shape[1]
+        dense = bias.new_empty(band.num_windows, len(bias), queries, keys.num_columns)
+        if windowed:
+            dense[..., :windowed] = bias[..., keys.windowed]
+            if band.mask is not None:
+                dense[..., :windowed] += band.mask.to(bias.dtype)
+        if band.pairs is not None:
+            dense[..., windowed : keys.num_keys] = band.pairs.spread(bias[..., keys.shared])
+        dense[..., keys.num_keys :] = -torch.inf
+        return dense
+
+
+class BiasGradient:
+    """Sums the gradients of scores into that of the bias.
+
+    Args:
+        plan: Bands and columns.
+        bias: `[heads, window_size², num_keys]`.
+        dtype: Of the sums.
+    """
+
+    def __init__(self, plan: Plan, bias: Tensor, dtype: torch.dtype) -> None:
+        self._keys = plan.keys
+        self._sum = bias.new_zeros(bias.shape, dtype=dtype)
+        self._windowed = bias.new_zeros(*bias.shape[:2], plan.keys.num_columns, dtype=dtype)
+        self._shared: dict[int, tuple[Band, Tensor]] = {}
+
+    def add(self, band: Band, grad: Tensor) -> None:
+        """Add a step's `[images · windows · heads, queries, columns]`."""
+        keys, dtype = self._keys, self._sum.dtype
+        grad = grad.unflatten(0, (-1, band.num_windows, len(self._sum)))
+        windowed = len(keys.windowed)
+        if windowed:  # of all columns: a sum of whole rows is faster
+            self._windowed += grad.sum(dim=(0, 1), dtype=dtype)
+        if band.pairs is not None:
+            part = grad[..., windowed : keys.num_keys]
+            part = part[0] if len(part) == 1 else part.sum(dim=0, dtype=dtype)
+            if id(band) in self._shared:
+                self._shared[id(band)][1].add_(part)
+            else:
+                self._shared[id(band)] = band, part.to(dtype, copy=True)
+
+    def total(self) -> Tensor:
+        """`[heads, window_size², num_keys]`."""
+        windowed = self._keys.windowed
+        self._sum[..., windowed] = self._windowed[..., : len(windowed)]
+        for band, grad in self._shared.values():
+            assert band.pairs is not None
+            collected = band.pairs.collect(grad)
+            self._sum[..., self._keys.shared] += collected.unflatten(1, (self._sum.shape[1], -1))
+        return self._sum
