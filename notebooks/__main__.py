@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from notebooks.execution import NOTEBOOKS, execute
 
@@ -23,7 +23,7 @@ def main(words: Sequence[str] | None = None) -> None:
         start = time.monotonic()
         try:
             execute(NOTEBOOKS[name])
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError) as error:
             raise SystemExit(f"{NOTEBOOKS[name].name}: {error}") from error
         print(f"{NOTEBOOKS[name].name}: {time.monotonic() - start:.0f} s", flush=True)
 

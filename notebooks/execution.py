@@ -10,7 +10,7 @@ from notebooks.figures import FOLDER, ROOT
 __all__ = ["NOTEBOOKS", "execute"]
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-CELL_SECONDS = 180
+CELL_SECONDS = 600
 
 
 def execute(path: Path, *, figures: Path | None = None, **environment: str) -> None:
@@ -23,7 +23,7 @@ def execute(path: Path, *, figures: Path | None = None, **environment: str) -> N
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed; holds its traceback.
-        nbclient.exceptions.CellTimeoutError: A cell ran for more than 180 seconds.
+        nbclient.exceptions.CellTimeoutError: A cell ran for more than 10 minutes.
     """
     import nbformat
     from nbclient import NotebookClient

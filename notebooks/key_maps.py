@@ -21,17 +21,13 @@ KINDS = {
     "wrapped": ("key from the opposite side", ORANGE),
     "parted": ("key beyond the seam, masked", GREY),
     "pooled": ("pooled key (sub-window)", GREEN),
-    "padding": ("padding", PURPLE),
 }
 
 
-def legend_entries(*kinds: str) -> list[Patch]:
-    """Handles that explain the colours of `draw_level`; of all kinds if none is named."""
-    chosen = kinds or tuple(KINDS)
-    return [
-        Patch(facecolor=colour, alpha=0.75, label=text)
-        for text, colour in (KINDS[kind] for kind in chosen)
-    ]
+def legend_entries() -> list[Patch]:
+    """Handles that explain the colours of `draw_level`."""
+    keys = [Patch(facecolor=colour, alpha=0.75, label=text) for text, colour in KINDS.values()]
+    return [*keys, Patch(facecolor=PURPLE, alpha=0.25, label="padding")]
 
 
 def draw_level(
@@ -162,8 +158,11 @@ def _draw_frame(
 ) -> None:
     """The map's tokens as a faint grid, and the padding around it."""
     (rows, cols), (height, width) = size, padded
-    for corner, box in (((0, rows), (width, height - rows)), ((cols, 0), (width - cols, rows))):
-        axes.add_patch(Rectangle(corner, *box, facecolor=PURPLE, alpha=0.25, linewidth=0))
+    below, right = ((0, rows), width, height - rows), ((cols, 0), width - cols, rows)
+    for corner, across, down in (below, right):
+        if across and down:
+            padding = Rectangle(corner, across, down, facecolor=PURPLE, alpha=0.25, linewidth=0)
+            axes.add_patch(padding)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_xticks(range(0, width + 1, geometry.window_size))
     axes.set_yticks(range(0, height + 1, geometry.window_size))

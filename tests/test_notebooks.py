@@ -2,14 +2,17 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
-from kernels import FocalGeometry
-from notebooks import ablation_tables, growth
+from kernels import FocalGeometry, FocalLevel
+from notebooks import ablation_tables, growth, key_maps
 from notebooks.execution import NOTEBOOKS, execute
-from notebooks.figures import LARGEST, ROOT
+from notebooks.figures import BLUE, GREY, LARGEST, ORANGE, ROOT, SKY
 
 PAGE = ROOT / "docs" / "notebooks.md"
 FIGURES = ROOT / "docs" / "figures"
@@ -100,6 +103,32 @@ def test_an_effect_changes_one_setting_and_needs_two_results(tmp_path: Path) -> 
     assert window.error == pytest.approx((1.0 / 3 + 0.49 / 2) ** 0.5)
     assert moved.label == "shift false → true (window)"
     assert (moved.here, moved.paper) == pytest.approx((1.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("boundary", "shift", "window", "colours", "keys"),
+    [
+        ("wrap", 0, (1, 1), {BLUE: 49, SKY: 120}, 169),
+        ("wrap", 0, (0, 0), {BLUE: 49, SKY: 51, ORANGE: 69}, 169),
+        ("mask", 0, (0, 0), {BLUE: 49, SKY: 51}, 100),
+        # Of the window's 49 tokens 4 · 4 lie on the query's side of both seams.
+        ("wrap", 3, (3, 3), {BLUE: 16, GREY: 33, SKY: 51, ORANGE: 69}, 136),
+    ],
+)
+def test_a_drawn_level_shows_each_kind_of_key(
+    boundary: str, shift: int, window: tuple[int, int], colours: dict[str, int], keys: int
+) -> None:
+    geometry = FocalGeometry(7, (FocalLevel(1, 13),), boundary, shift)
+    axes = Figure().subplots()
+    assert key_maps.draw_level(axes, geometry, (28, 28), window, 0, (3, 3)) == keys
+    drawn = Counter(to_hex(patch.get_facecolor()) for patch in axes.patches)
+    assert drawn == {to_hex(colour): count for colour, count in colours.items()}
+
+
+def test_only_a_window_on_the_map_is_drawn() -> None:
+    geometry = FocalGeometry(7, (FocalLevel(1, 7),))
+    with pytest.raises(ValueError, match=r"window must lie in the 2 by 3 windows, got \(2, 0\)"):
+        key_maps.draw_level(Figure().subplots(), geometry, (14, 20), (2, 0), 0)
 
 
 def test_growth_ends_with_the_whole_geometry() -> None:
