@@ -141,3 +141,10 @@ def test_growth_ends_with_the_whole_geometry() -> None:
         (100, 12, 1),
         (125, 20, 2),
     ]
+
+
+def test_growth_shows_the_whole_geometry_even_where_it_sees_no_further() -> None:
+    points = growth.focal_growth(FocalGeometry(7, (FocalLevel(1, 7), FocalLevel(7, 1))))
+    assert [(p.keys, p.field) for p in points] == [(49, 7), (50, 7)]
+    clipped = growth.focal_growth(FocalGeometry(7, (FocalLevel(1, 13), FocalLevel(7, 3))), 14)
+    assert clipped[-1].field == 14
