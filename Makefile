@@ -1,5 +1,6 @@
 # Continuous integration calls these targets too: .ci/run.
-.PHONY: help install lint format types imports test test-gpu bench-gpu bench-gpu-check tune-gpu codegen
+.PHONY: help install lint format types imports test notebooks
+.PHONY: test-gpu bench-gpu bench-gpu-check tune-gpu codegen
 .NOTPARALLEL:  # timings want the machine to themselves
 
 help:  ## list the targets
@@ -8,18 +9,23 @@ help:  ## list the targets
 install:  ## install for development into the active environment
 	pip install -e ".[dev]"
 
-lint:  ## style, format, types and import rules
+lint:  ## style, format, types, import rules, stored outputs
 	ruff check .
 	ruff format --check .
 	mypy
 	lint-imports
+	nbstripout --verify notebooks/*.ipynb
 
 format:  ## rewrite files in the house format
 	ruff format .
 	ruff check --fix .
+	nbstripout notebooks/*.ipynb
 
 test:  ## everything that a CPU can tell
 	pytest
+
+notebooks:  ## execute the notebooks and export their figures to docs/figures
+	python -m notebooks
 
 # Together they take less than 9 minutes and write benchmarks/reports/gpu.md; after failed tests the
 # benchmarks run all the same, and the exit code is theirs.
