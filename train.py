@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -14,21 +15,30 @@ from conf import ConfigError, expand_resume, register_schemas, to_config
 register_schemas()
 
 
+ERROR = "error.txt"  # why a member of a sweep failed
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(node: DictConfig) -> None:
-    """Compose, validate, run."""
+    """Compose, validate, run. A sweep goes on after a member that fails, and fails at its end."""
+    hydra_config = HydraConfig.get()
+    multirun = hydra_config.mode == RunMode.MULTIRUN
+    run_dir = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    told: tuple[type[Exception], ...] = (ConfigError, FloatingPointError)
     try:
         config = to_config(node)
         from training import NotSavedError, run  # imports torch: mistakes are told before that
 
-        hydra_config = HydraConfig.get()
-        run_dir = Path(os.path.relpath(hydra_config.runtime.output_dir))
-        try:
-            run(config, run_dir, multirun=hydra_config.mode == RunMode.MULTIRUN)
-        except (FloatingPointError, NotSavedError) as error:
+        told = (*told, NotSavedError)
+        run(config, run_dir, multirun=multirun)
+        (run_dir / ERROR).unlink(missing_ok=True)
+    except Exception as error:
+        if multirun:
+            (run_dir / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+            raise  # Hydra keeps it and starts the next member
+        if isinstance(error, told):
             raise SystemExit(f"error: {error}") from error
-    except ConfigError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error  # as a shell reports Ctrl-C
 
