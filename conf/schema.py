@@ -162,12 +162,12 @@ class SyntheticConfig(DataConfig):
 
 
 @dataclass
-class SignpostsConfig(DataConfig):
-    """Made images whose class takes fine detail and far-away context; see `data/signposts.py`."""
+class LampsConfig(DataConfig):
+    """Made images whose class takes fine detail and far-away context; see `data/lamps.py`."""
 
     train_size: int = 10000
     val_size: int = 2000
-    noise: float = 0.3  # standard deviation of a pixel's noise; an edge has contrast 0.7
+    noise: float = 0.15  # standard deviation of each pixel's noise; tiles have a contrast of 1.5
     data_seed: int = 0
 
 
@@ -315,7 +315,7 @@ SCHEMAS: dict[str, type] = {
     "data/huggingface": HuggingFaceConfig,
     "data/webdataset": WebDatasetConfig,
     "data/torchvision": TorchvisionConfig,
-    "data/signposts": SignpostsConfig,
+    "data/lamps": LampsConfig,
     "data/synthetic": SyntheticConfig,
     "optimizer/adamw": AdamWConfig,
     "optimizer/sgd": SGDConfig,

@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-
 # Chosen once for the whole sweep, or without effect on what a member learns.
 NOT_IN_NAMES = ("experiment", "scale", "resume", "data.root", "data.path", "data.num_workers")
 GROUPS_NOT_IN_NAMES = ("hydra", "logger")

@@ -21,7 +21,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Allocated on a GPU; on a CPU the resident set of this process, libraries and data included."""
+    """Allocated on a GPU; on a CPU the resident set of this process, with its libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
