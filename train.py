@@ -32,15 +32,19 @@ def main(node: DictConfig) -> None:
         told = (*told, NotSavedError)
         run(config, run_dir, multirun=multirun)
         (run_dir / ERROR).unlink(missing_ok=True)
+        return
     except Exception as error:
-        if multirun:
-            (run_dir / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
-            raise  # Hydra keeps it and starts the next member
-        if isinstance(error, told):
-            raise SystemExit(f"error: {error}") from error
-        raise
+        if not multirun:
+            if isinstance(error, told):
+                raise SystemExit(f"error: {error}") from error
+            raise
+        (run_dir / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+        failure = f"{run_dir} failed: {error}"
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error  # as a shell reports Ctrl-C
+    # Hydra keeps what is raised until the sweep ends: not with the frames that hold the model.
+    print(failure, file=sys.stderr)
+    raise RuntimeError(failure)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_a_member_that_fails_leaves_its_traceback_and_the_others_run(tmp_path: P
     (tmp_path / "sweep/1/error.txt").write_text("of an earlier start")
     done = python_train(tmp_path, *sweep)
     assert done.returncode == 1
-    assert "region_size" in done.stderr
+    assert "sweep/6 failed: model focal_micro cannot be built" in done.stderr
     error = (tmp_path / "sweep/6/error.txt").read_text()
     assert error.startswith("Traceback")
     assert "model focal_micro cannot be built" in error
