@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from conf.sweeps import register_resolvers
+
 
 class ConfigError(ValueError):
     """A setting the user must change; the message names the setting, the rule and the value."""
@@ -160,6 +162,16 @@ class SyntheticConfig(DataConfig):
 
 
 @dataclass
+class LampsConfig(DataConfig):
+    """Made images whose class takes fine detail and far-away context; see `data/lamps.py`."""
+
+    train_size: int = 10000
+    val_size: int = 2000
+    noise: float = 0.15  # standard deviation of each pixel's noise; tiles have a contrast of 1.5
+    data_seed: int = 0
+
+
+@dataclass
 class OptimizerConfig:
     """Learning rate and weight decay; vectors, biases and bias tables are never decayed.
 
@@ -303,6 +315,7 @@ SCHEMAS: dict[str, type] = {
     "data/huggingface": HuggingFaceConfig,
     "data/webdataset": WebDatasetConfig,
     "data/torchvision": TorchvisionConfig,
+    "data/lamps": LampsConfig,
     "data/synthetic": SyntheticConfig,
     "optimizer/adamw": AdamWConfig,
     "optimizer/sgd": SGDConfig,
@@ -315,6 +328,7 @@ SCHEMAS: dict[str, type] = {
 
 def register_schemas() -> None:
     """Store every schema with Hydra, under `schema/<group>/<name>`; call before composing."""
+    register_resolvers()
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_")
     for path, node in SCHEMAS.items():

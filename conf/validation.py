@@ -13,6 +13,7 @@ from conf.schema import (
     DigitsConfig,
     DistillationConfig,
     ImageConfig,
+    LampsConfig,
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -24,6 +25,7 @@ from conf.schema import (
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
+SMALLEST_LAMPS = 48  # pixels: room for every row
 WANDB_MODES = ("offline", "online", "disabled")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASE_MODES = ("const", "rand", "pixel")
@@ -93,6 +95,15 @@ def _validate_images(data: ImageConfig) -> None:
         _require(bool(data.image_keys), "data.image_keys", "not be empty", data.image_keys)
 
 
+def _validate_lamps(data: LampsConfig) -> None:
+    for name in ("train_size", "val_size"):
+        _positive(f"data.{name}", getattr(data, name))
+    for name in ("noise", "data_seed"):
+        _not_negative(f"data.{name}", getattr(data, name))
+    enough = data.img_size >= SMALLEST_LAMPS
+    _require(enough, "data.img_size", f"be at least {SMALLEST_LAMPS}", data.img_size)
+
+
 def _validate_data(config: Config) -> None:
     data = config.data
     _positive("data.img_size", data.img_size)
@@ -104,6 +115,8 @@ def _validate_data(config: Config) -> None:
         _not_negative("data.rotate", data.rotate)
     elif isinstance(data, ImageConfig):
         _validate_images(data)
+    elif isinstance(data, LampsConfig):
+        _validate_lamps(data)
     elif isinstance(data, SyntheticConfig):
         for name in ("num_classes", "in_chans", "train_size", "val_size"):
             _positive(f"data.{name}", getattr(data, name))

@@ -8,6 +8,7 @@ from conf.schema import (
     DigitsConfig,
     HuggingFaceConfig,
     ImageFolderConfig,
+    LampsConfig,
     SyntheticConfig,
     TorchvisionConfig,
     WebDatasetConfig,
@@ -16,6 +17,7 @@ from data.base import ImageData
 from data.digits import build_digits
 from data.huggingface import build_huggingface
 from data.imagefolder import build_imagefolder
+from data.lamps import build_lamps
 from data.synthetic import build_synthetic
 from data.torchvision_sets import build_torchvision
 from data.webdataset import build_webdataset
@@ -24,6 +26,7 @@ BUILDERS: dict[type[DataConfig], Callable[[Any], ImageData]] = {
     DigitsConfig: build_digits,
     HuggingFaceConfig: build_huggingface,
     ImageFolderConfig: build_imagefolder,
+    LampsConfig: build_lamps,
     SyntheticConfig: build_synthetic,
     TorchvisionConfig: build_torchvision,
     WebDatasetConfig: build_webdataset,

@@ -3,6 +3,6 @@
 Nothing here imports torch before it must: a launcher starts many processes that only wait.
 """
 
-from launching.members import run_member
+from launching.members import MemberError, run_member
 
-__all__ = ["run_member"]
+__all__ = ["MemberError", "run_member"]

@@ -162,7 +162,8 @@ class FocalTransformer(nn.Module):
         )
         self.pos_drop = nn.Dropout(proj_drop_rate)
 
-        drop_path = iter(torch.linspace(0.0, drop_path_rate, sum(depths)).tolist())
+        rates = torch.linspace(0.0, drop_path_rate, sum(depths), device="cpu")  # also under meta
+        drop_path = iter(rates.tolist())
         stages = []
         for stage, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
             blocks = [

@@ -19,7 +19,17 @@ from conf.schema import (
 )
 
 FOLDER = Path(conf.__file__).parent
-GROUPS = ("model", "data", "optimizer", "schedule", "trainer", "logger", "experiment")
+GROUPS = (
+    "model",
+    "data",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "logger",
+    "interaction",
+    "scale",
+    "experiment",
+)
 NEEDED = {
     "data=imagefolder": "data.root=x",
     "data=imagenet": "data.root=x",
@@ -32,6 +42,7 @@ NEEDED = {
     "data=webdataset": "data.train=x data.val=x",
     "data=imagenet_wds": "data.train=x data.val=x",
     "model=timm": "model.name=x",
+    "scale=imagenet": "data.root=x",
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models  # noqa: F401  registers the variants
+from conf import compose
 
 RELEASED = [  # millions of parameters, billions of multiply-adds at 224×224
     ("focal_tiny", 28.88, 4.92),
@@ -84,15 +85,22 @@ def test_focal_tiny_has_the_exact_number_of_released_parameters():
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters", "flops"),
+    ("interaction", "parameters", "flops"),
     [
-        ({"focal_levels": 1, "expand_size": 0}, 28.29, 4.49),
-        ({"focal_levels": 1}, 28.87, 4.82),
-        ({"expand_size": 0}, 28.30, 4.60),
+        ("window", 28.29, 4.49),
+        ("local", 28.87, 4.82),
+        ("global", 28.30, 4.60),
+        ("both", 28.88, 4.92),
     ],
-    ids=["window", "local", "global"],
 )
-def test_partial_models_of_the_ablation_have_the_released_cost(options, parameters, flops):
-    model = timm.create_model("focal_tiny", attention_backend="reference", **options).eval()
+def test_members_of_the_interaction_ablation_have_the_released_cost(interaction, parameters, flops):
+    config = compose(
+        "experiment=ablation/interaction",
+        "scale=imagenet",
+        "data.root=x",
+        f"interaction={interaction}",
+    ).model
+    options = {"focal_levels": config.focal_levels, "expand_size": config.expand_size}
+    model = timm.create_model(config.name, attention_backend="reference", **options).eval()
     assert round((count(model) + doubled_ring_entries(model)) / 1e6, 2) == parameters
     assert multiply_adds(model) + second_projection(model) == pytest.approx(flops, rel=2e-3)

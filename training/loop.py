@@ -20,6 +20,7 @@ from data.loading import TrainBatches
 from data.seeding import STEP, derive_seed, seed_global
 from training import fsdp
 from training.distillation import Teacher
+from training.memory import peak_memory_bytes, reset_peak_memory
 from training.metrics import ClassificationMetrics, cross_entropy
 from training.optimization import build_mixup, build_optimizer, build_schedule, learning_rate
 from training.profiling import SKIPPED, WARMUP, StepProfiler
@@ -171,6 +172,7 @@ class Trainer:
             RunStopped: A signal came; the state is saved.
         """
         self._run_dir = run_dir
+        reset_peak_memory(self.fabric.device)
         saver = Saver(self, run_dir, reporter)
         profiler = None
         if self.settings.profile is not None and self.fabric.is_global_zero:
@@ -227,7 +229,8 @@ class Trainer:
         improved = val is not None and (self.best is None or val["top1"] > self.best["top1"])
         if val is not None and improved:
             self.best = {**val, "epoch": epoch}
-        reporter.epoch(epoch, self.global_step, train, val)
+        peak = peak_memory_bytes(self.fabric.device)
+        reporter.epoch(epoch, self.global_step, train, val, peak_memory_bytes=peak)
         saver.save(improved=improved)
 
     def _stop_if_asked(self, done: bool, saver: Saver) -> None:

@@ -18,8 +18,8 @@ class Reporter:
         self.console = console
         self.records = records
         self.nothing_shown = True
-        self._interval_images = self._images = 0
-        self._interval_began = self._seconds = 0.0
+        self._interval_images = self._epoch_images = self._images = 0
+        self._interval_began = self._epoch_seconds = self._seconds = 0.0
 
     @property
     def wandb_id(self) -> str | None:
@@ -52,7 +52,8 @@ class Reporter:
     def start_training(self, epoch: int) -> None:
         """`epoch`, counted from 0, begins."""
         self.console.phase(f"epoch {epoch + 1}/{self.console.epochs}")
-        self._interval_images = 0
+        self._interval_images = self._epoch_images = 0
+        self._epoch_seconds = 0.0
         self._interval_began = time.monotonic()
 
     def start_evaluation(self) -> None:
@@ -74,8 +75,11 @@ class Reporter:
     def train(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """An interval of steps ends at `step`, `epoch` epochs into the run."""
         speed = self.show(values)
-        self._seconds += time.monotonic() - self._interval_began
+        seconds = time.monotonic() - self._interval_began
+        self._seconds += seconds
+        self._epoch_seconds += seconds
         self._images += self._interval_images
+        self._epoch_images += self._interval_images
         self._interval_images = 0
         self._interval_began = time.monotonic()
         if self.records is not None:
@@ -83,7 +87,13 @@ class Reporter:
             self.records.write("train", step, line)
 
     def epoch(
-        self, epoch: int, step: int, train: dict[str, float], val: dict[str, float] | None
+        self,
+        epoch: int,
+        step: int,
+        train: dict[str, float],
+        val: dict[str, float] | None,
+        *,
+        peak_memory_bytes: int,
     ) -> None:
         """`epoch` epochs are finished, the last one evaluated if `val` is given."""
         self.console.epoch(epoch, train, val)
@@ -91,6 +101,9 @@ class Reporter:
             line: dict[str, float] = {"epoch": epoch}
             for split, values in (("train", train), ("val", val or {})):
                 line |= {f"{split}_{name}": value for name, value in values.items()}
+            if self._epoch_seconds:  # else it was trained before an interruption
+                line["images_per_second"] = round(self._epoch_images / self._epoch_seconds, 1)
+            line["peak_memory_bytes"] = peak_memory_bytes
             self.records.write("epoch", step, line)
             self.records.draw()
 
