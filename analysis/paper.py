@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,12 +24,12 @@ class PaperRow:
     """What the paper gives for one variant.
 
     Attributes:
-        when: Settings that the variant has, by their full keys.
-        model: The paper's name of it.
+        when: For some axes, the values that the variant may have.
+        model: What the paper trained.
         figures: By quantity, one of `QUANTITIES`.
     """
 
-    when: dict[str, Any]
+    when: dict[str, list[str]]
     model: str
     figures: dict[str, Figure]
 
@@ -51,21 +50,14 @@ def _rows() -> dict[str, list[PaperRow]]:
     }
 
 
-def paper_row(ablation: str, config: dict[str, Any]) -> PaperRow | None:
-    """The paper's row for a run of an ablation; None where it gives none.
+def paper_row(ablation: str, values: dict[str, str]) -> PaperRow | None:
+    """The paper's row for a variant of an ablation; None where it gives none.
 
     Args:
         ablation: Its name.
-        config: What the run's `config.yaml` says.
+        values: The variant's value on each axis.
     """
     for row in _rows().get(ablation, []):
-        if all(_setting(config, key) == value for key, value in row.when.items()):
+        if all(values.get(key) in accepted for key, accepted in row.when.items()):
             return row
     return None
-
-
-def _setting(config: dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

@@ -115,6 +115,11 @@ class Result:
             f"{config['model']['name']} on {data['name']} at {data['img_size']} pixels, "
             f"{_number(trainer['epochs'], 'epoch')}, batch {trainer['batch_size']}, "
             f"{_number(len({member.seed for member in self.sweep.members}), 'seed')}"
+            + "".join(
+                f", {short_key(key)} {short_value(value)}"
+                for key, value in self.sweep.fixed.items()
+                if key != "data.img_size"
+            )
         )
 
 
@@ -135,8 +140,14 @@ def collect(sweep: Sweep, *, epoch: str = "last") -> Result:
                 cost = count(config)
             except ConfigError as error:
                 notes.append(f"parameters and FLOPs are not counted: {error}")
-        paper = paper_row(sweep.name, config) if config is not None else None
-        row = Row(members[0].values, tuple(members), epoch, cost, paper)
+        values = members[0].values
+        row = Row(
+            {axis: values[axis] for axis in sweep.axes},
+            tuple(members),
+            epoch,
+            cost,
+            paper_row(sweep.name, values),
+        )
         rows.append(row)
         for member in members:
             if member.fault is not None:

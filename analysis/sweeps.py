@@ -17,8 +17,11 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conf import ConfigError
+from conf.sweeps import register_resolvers
 from training.records import read_history
 
 MULTIRUN, CONFIG, ERROR = "multirun.yaml", "config.yaml", "error.txt"
@@ -75,6 +78,7 @@ class Sweep:
         name: What was swept: the experiment's name without `ablation/`.
         scale: The scale it ran at; None if its experiment knows no scales.
         axes: The keys that were swept, without the seed.
+        fixed: What the sweep sets to one value for all members.
         members: Every member that the axes name, in their order.
         strays: Folders of members that the axes do not name.
     """
@@ -83,14 +87,14 @@ class Sweep:
     name: str
     scale: str | None
     axes: tuple[str, ...]
+    fixed: dict[str, str]
     members: tuple[Member, ...]
     strays: tuple[Path, ...]
 
     @property
     def stem(self) -> str:
         """What the files made of it are called."""
-        parts = ("ablation", self.name, self.scale)
-        return "_".join(part.replace("/", "_") for part in parts if part)
+        return f"ablation_{self.name}_{self.path.resolve().name}".replace("/", "_")
 
     @cached_property
     def variants(self) -> list[list[Member]]:
@@ -135,23 +139,17 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ConfigError: A file in it cannot be read.
     """
-    content = _read_yaml(path / MULTIRUN)
+    content = _read_multirun(path / MULTIRUN)
     try:
-        hydra = content["hydra"]
-        choices = hydra["runtime"]["choices"]
-        axes = [f"{key}={value}" for key, value in (hydra["sweeper"]["params"] or {}).items()]
-        arguments = hydra["overrides"]["task"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path / MULTIRUN} must be a sweep's, but lacks {error}") from error
-    try:
-        members = _expand([*axes, *arguments])
+        params, arguments = content["params"], content["arguments"]
+        members = _expand([*(f"{key}={value}" for key, value in params.items()), *arguments])
     except HydraException as error:
         raise ConfigError(f"{path / MULTIRUN}: {error}") from error
-    swept = {_key(axis) for axis in axes}
-    swept |= {key for key in members[0] if len({member[key] for member in members}) > 1}
-    members = [{key: member[key] for key in member if key in swept} for member in members]
+    spread = {key: len({member[key] for member in members}) for key in members[0]}
+    swept = {key for key, count in spread.items() if count > 1} | params.keys()
     if not swept:
         raise ConfigError(f"{path / MULTIRUN} must sweep a setting, but names none")
+    members = [{key: member[key] for key in member if key in swept} for member in members]
 
     found: dict[Path, dict[str, str]] = {}
     for file in sorted(path.glob(f"*/{OVERRIDES}")):
@@ -162,12 +160,14 @@ def read_sweep(path: Path) -> Sweep:
         fitting = [folder for folder, given in found.items() if values.items() <= given.items()]
         taken |= set(fitting)
         read.append(_best(values, fitting))
-    experiment = choices.get("experiment") or content.get("name") or path.name
+    keys = [key for key in members[0] if key != SEED]
+    varied = [key for key in keys if spread[key] > 1]
     return Sweep(
         path=path,
-        name=experiment.removeprefix("ablation/"),
-        scale=choices.get("scale"),
-        axes=tuple(key for key in members[0] if key != SEED),
+        name=content["name"].removeprefix("ablation/"),
+        scale=content["scale"],
+        axes=tuple(varied or keys),
+        fixed={key: members[0][key] for key in keys if varied and key not in varied},
         members=tuple(read),
         strays=tuple(folder for folder in found if folder not in taken),
     )
@@ -209,6 +209,24 @@ def _read_member(values: dict[str, str], folder: Path) -> Member:
         epochs=epochs if config else [],
         error=None if text is None else (text.splitlines() or ["no reason given"])[-1].strip(),
     )
+
+
+def _read_multirun(path: Path) -> dict[str, Any]:
+    """Name, scale, axes and arguments of a sweep; axes may refer to other settings."""
+    register_resolvers()
+    try:
+        node = OmegaConf.load(path)
+        hydra = node.hydra
+        return {
+            "name": node.name,
+            "scale": hydra.runtime.choices.get("scale"),
+            "params": OmegaConf.to_container(
+                hydra.sweeper.params or OmegaConf.create(), resolve=True
+            ),
+            "arguments": list(hydra.overrides.task),
+        }
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} must be what Hydra writes for a sweep: {error}") from error
 
 
 def _read_yaml(path: Path) -> Any:
