@@ -211,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from error
     from analysis.searches import summarise  # brings matplotlib
 
-    print(summarise(search.study, config, output))
+    print(summarise(search.study, search.done, config, output))
     if not any(trial.state.name == "COMPLETE" for trial in search.study.trials):
         raise SystemExit("error: no trial ran to its end")
 

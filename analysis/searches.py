@@ -1,6 +1,7 @@
 """A hyper-parameter search as a table and a picture."""
 
 import csv
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
 TABLE, PICTURE = "trials.csv", "search.png"
 
 
-def summarise(study: "optuna.study.Study", config: SearchConfig, output: Path) -> str:
+def summarise(
+    study: "optuna.study.Study",
+    trials: "list[optuna.trial.FrozenTrial]",
+    config: SearchConfig,
+    output: Path,
+) -> str:
     """Write `trials.csv` and `search.png`.
+
+    Args:
+        study: The search.
+        trials: Those of it that ended.
+        config: What was searched.
+        output: The folder to write to.
 
     Returns:
         The best trial, with the command that runs it again, in words.
     """
-    trials = [trial for trial in study.trials if trial.params and trial.state.is_finished()]
     columns = ["trial", "state", config.metric, "epochs", *config.space, "folder", "fault"]
     with open(output / TABLE, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -44,7 +55,7 @@ def summarise(study: "optuna.study.Study", config: SearchConfig, output: Path) -
         values = [f"{key}={value}" for key, value in best.params.items()]
         lines += [
             f"best: {config.metric} {best.value:.4g} ({output / best.user_attrs['folder']})",
-            f"python train.py {' '.join([*config.arguments, *values])}",
+            f"python train.py {shlex.join([*config.arguments, *values])}",
         ]
     return "\n".join([*lines, f"{output / TABLE}, {PICTURE}"])
 
