@@ -24,6 +24,7 @@ from analysis.tables import as_csv, markdown
 from conf import compose, register_schemas
 from training.records import Records
 
+ROOT = str(Path(conf.__file__).parent)
 BASE = ("experiment=debug", "trainer.epochs=2", "model.depths=[1,1,1,1]", "name=ablation/boundary")
 AXES = {"model.boundary": "wrap,mask", "trainer.seed": "0,1,2"}
 MEMBERS = [
@@ -37,7 +38,7 @@ def write_sweep(folder: Path, axes: dict[str, Any] | None = None, *arguments: st
     """What Hydra leaves of a sweep before its first member."""
     register_schemas()
     folder.mkdir(parents=True)
-    with hydra.initialize_config_dir(str(Path(conf.__file__).parent), version_base="1.3"):
+    with hydra.initialize_config_dir(ROOT, version_base="1.3"):
         node = hydra.compose("config", overrides=[*BASE], return_hydra_config=True)
     OmegaConf.set_struct(node, False)
     node.hydra.sweeper.params = AXES if axes is None else axes
@@ -173,13 +174,30 @@ def test_axes_are_those_of_the_command_line_too_and_one_value_is_no_column(tmp_p
     ]
 
 
-def test_values_that_depend_on_the_scale_are_resolved(tmp_path: Path) -> None:
-    axes = {"model.window_size": "${at_scale:${name},{cpu: '3,6', imagenet: '7,14'}}"}
-    folder = write_sweep(tmp_path / "cpu", axes)
-    text = (folder / "multirun.yaml").read_text()
-    (folder / "multirun.yaml").write_text(text.replace("\nname: ablation/boundary", "\nname: cpu"))
-    result = collect(read_sweep(folder))
-    assert [row.label for row in result.rows] == ["3", "6"]
+SWEEPS = {
+    ("interaction", "cpu"): ["window", "local", "global", "both"],
+    ("depth", "imagenet"): [
+        f"{blocks}, {depths}"
+        for blocks in ("swin", "both")
+        for depths in ("2-2-2-2", "2-2-4-2", "2-2-6-2")
+    ],
+    ("window_size", "cpu"): ["swin, 3", "swin, 6", "both, 3", "both, 6"],
+}
+
+
+@pytest.mark.parametrize(("name", "scale"), SWEEPS)
+def test_a_sweep_of_an_experiment_has_its_variants_at_its_scale_beside_the_papers(
+    name: str, scale: str, tmp_path: Path
+) -> None:
+    register_schemas()
+    given = [f"experiment=ablation/{name}", f"scale={scale}", "data.img_size=56"]
+    with hydra.initialize_config_dir(ROOT, version_base="1.3"):
+        node = hydra.compose("config", overrides=given, return_hydra_config=True)
+    OmegaConf.save(node, tmp_path / "multirun.yaml")
+    result = collect(read_sweep(tmp_path))
+    assert (result.sweep.name, result.sweep.scale) == (name, scale)
+    assert [row.label for row in result.rows] == SWEEPS[name, scale]
+    assert all(row.paper is not None for row in result.rows)
 
 
 def test_csv_has_every_number_in_full(tmp_path: Path) -> None:
