@@ -118,8 +118,9 @@ class Search:
             try:
                 pruned = self._watch(process, trial, folder)
             except BaseException:
-                process.terminate()  # it saves; the trial goes on with the next search.py
+                process.terminate()  # it saves
                 process.wait()
+                print("  stopped; the same command goes on from here", flush=True)
                 raise
         metrics = self._metrics(folder)
         if pruned:

@@ -17,7 +17,7 @@ WIDTH, ROW_HEIGHT, FRAME_HEIGHT = 9.0, 0.42, 1.35  # inches
 def draw(result: Result) -> bytes:
     """A PNG: a row for each variant; accuracy by seed and what it costs side by side.
 
-    Panels without a number are left out.
+    Panels without a number are left out, and the paper's accuracies with less than two.
     """
     rows = result.rows
     panels: list[tuple[str, list[float | None], Callable[[float], str]]] = [
@@ -27,7 +27,7 @@ def draw(result: Result) -> bytes:
     ]
     panels = [panel for panel in panels if any(value is not None for value in panel[1])]
     papers = [row.paper.figures.get("top1") if row.paper else None for row in rows]
-    has_paper = any(papers)
+    has_paper = sum(figure is not None for figure in papers) > 1
     widths = [2.4] + [1.6] * has_paper + [1.0] * len(panels)
     figure = Figure(
         figsize=(WIDTH, FRAME_HEIGHT + ROW_HEIGHT * len(rows)), layout="constrained", dpi=110
