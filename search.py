@@ -188,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="arguments of train.py")
     parser.add_argument("--trials", type=int, metavar="N", help="in all; default: as SPACE says")
     parser.add_argument("--output", type=Path, metavar="DIR", help="outputs/search/NAME")
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     signal.signal(signal.SIGTERM, _stop)
     try:
         config = read_search(options.space, options.overrides)
