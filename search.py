@@ -189,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, metavar="N", help="in all; default: as SPACE says")
     parser.add_argument("--output", type=Path, metavar="DIR", help="outputs/search/NAME")
     options = parser.parse_intermixed_args(words)
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         config = read_search(options.space, options.overrides)
         if options.trials is not None:
@@ -210,6 +210,8 @@ def main(words: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     from analysis.searches import summarise  # brings matplotlib
 
     print(summarise(search.study, search.done, config, output))
