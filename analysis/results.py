@@ -155,7 +155,7 @@ def collect(sweep: Sweep, *, epoch: str = "last") -> Result:
                 notes.append(f"{row.label}{seed}: {member.fault}")
     if sweep.strays:
         names = ", ".join(folder.name for folder in sweep.strays)
-        notes.append(f"left out, as the sweep's axes do not name them: {names}")
+        notes.append(f"left out, as they differ in more than the axes: {names}")
     return Result(sweep, epoch, tuple(rows), tuple(dict.fromkeys(notes)))
 
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import ConfigError
-from conf.sweeps import register_resolvers
+from conf.sweeps import member_name, register_resolvers
 from training.records import read_history
 
 MULTIRUN, CONFIG, ERROR = "multirun.yaml", "config.yaml", "error.txt"
@@ -79,8 +79,9 @@ class Sweep:
         scale: The scale it ran at; None if its experiment knows no scales.
         axes: The keys that were swept, without the seed.
         fixed: What the sweep sets to one value for all members.
-        members: Every member that the axes name, in their order.
-        strays: Folders of members that the axes do not name.
+        members: Every member that the last command named, and those of earlier commands that
+            differ from them on the axes alone, in the order of the axes.
+        strays: Folders of runs that differ in something else.
     """
 
     path: Path
@@ -140,37 +141,57 @@ def read_sweep(path: Path) -> Sweep:
         ConfigError: A file in it cannot be read.
     """
     content = _read_multirun(path / MULTIRUN)
+    params = [f"{key}={value}" for key, value in content["params"].items()]
+    arguments = content["arguments"]
     try:
-        params, arguments = content["params"], content["arguments"]
-        members = _expand([*(f"{key}={value}" for key, value in params.items()), *arguments])
+        full = _expand(params)
+        expected = _expand([*params, *arguments])
     except HydraException as error:
         raise ConfigError(f"{path / MULTIRUN}: {error}") from error
-    spread = {key: len({member[key] for member in members}) for key in members[0]}
-    swept = {key for key, count in spread.items() if count > 1} | params.keys()
-    if not swept:
+    keys = [
+        key
+        for key in expected[0]
+        if key in content["params"] or len({member[key] for member in expected}) > 1
+    ]
+    if not keys:
         raise ConfigError(f"{path / MULTIRUN} must sweep a setting, but names none")
-    members = [{key: member[key] for key in member if key in swept} for member in members]
 
-    found: dict[Path, dict[str, str]] = {}
+    folders: dict[tuple[str, ...], list[Path]] = {_values(member, keys): [] for member in expected}
+    strays = []
+    others = _name_without(expected[0], keys)
     for file in sorted(path.glob(f"*/{OVERRIDES}")):
-        given = _read_yaml(file) or []
-        found[file.parent.parent] = {_key(text): text.partition("=")[2] for text in given}
-    read, taken = [], set()
-    for values in members:
-        fitting = [folder for folder, given in found.items() if values.items() <= given.items()]
-        taken |= set(fitting)
-        read.append(_best(values, fitting))
-    keys = [key for key in members[0] if key != SEED]
-    varied = [key for key in keys if spread[key] > 1]
+        given = {_key(text): text.partition("=")[2] for text in _read_yaml(file) or []}
+        if given.keys() >= set(keys) and _name_without(given, keys) == others:
+            folders.setdefault(_values(given, keys), []).append(file.parent.parent)
+        else:
+            strays.append(file.parent.parent)
+    places = {_values(member, list(full[0])): place for place, member in enumerate(full)}
+    members = [
+        _best(dict(zip(keys, values, strict=True)), folders[values])
+        for values in sorted(
+            folders, key=lambda values: places.get(values[: len(full[0])], len(places))
+        )
+    ]
+    free = [key for key in keys if key != SEED]
+    varied = [key for key in free if len({member.values[key] for member in members}) > 1]
     return Sweep(
         path=path,
         name=content["name"].removeprefix("ablation/"),
         scale=content["scale"],
-        axes=tuple(varied or keys),
-        fixed={key: members[0][key] for key in keys if varied and key not in varied},
-        members=tuple(read),
-        strays=tuple(folder for folder in found if folder not in taken),
+        axes=tuple(varied or free),
+        fixed={key: members[0].values[key] for key in free if varied and key not in varied},
+        members=tuple(members),
+        strays=tuple(strays),
     )
+
+
+def _values(settings: dict[str, str], keys: list[str]) -> tuple[str, ...]:
+    return tuple(settings[key] for key in keys)
+
+
+def _name_without(settings: dict[str, str], keys: list[str]) -> str:
+    """What tells runs of one sweep from others: settings off its axes, as folders are named."""
+    return member_name([f"{key}={value}" for key, value in settings.items() if key not in keys])
 
 
 def _key(argument: str) -> str:

@@ -154,10 +154,26 @@ def test_of_two_folders_of_a_member_the_finished_one_counts_and_strays_are_named
     folder = write_sweep(tmp_path / "cpu", {"model.boundary": "wrap"})
     write_member(folder / "new", {"model.boundary": "wrap"}, [1.0])
     write_member(folder / "old", {"model.boundary": "wrap"}, [1.0, 2.0])
-    write_member(folder / "other", {"model.boundary": "mask"}, [1.0, 2.0])
+    write_member(
+        folder / "short", {"model.boundary": "wrap", "trainer.batch_size": "8"}, [1.0, 3.0]
+    )
     result = collect(read_sweep(folder))
     assert result.rows[0].top1 == [2.0]
-    assert result.notes == ("left out, as the sweep's axes do not name them: other",)
+    assert result.notes == ("left out, as they differ in more than the axes: short",)
+
+
+def test_one_more_member_by_a_later_command_leaves_the_others_where_they_are(
+    tmp_path: Path,
+) -> None:
+    folder = write_all(tmp_path / "cpu", DONE)
+    more = write_sweep(tmp_path / "more", AXES, "model.boundary=wrap", "trainer.seed=7")
+    (more / "multirun.yaml").replace(folder / "multirun.yaml")
+    write_member(folder / "6", {"model.boundary": "wrap", "trainer.seed": "7"}, [1.0, 50.0])
+    result = collect(read_sweep(folder))
+    assert result.notes == ()
+    assert [row.label for row in result.rows] == ["wrap", "mask"]
+    assert [len(row.top1) for row in result.rows] == [4, 3]
+    assert 50.0 in result.rows[0].top1
 
 
 def test_axes_are_those_of_the_command_line_too_and_one_value_is_no_column(tmp_path: Path) -> None:
