@@ -31,7 +31,7 @@ def load_run(path: Path) -> nn.Module:
     """
     content = checkpoint.load(path if path.suffix == ".ckpt" else path / "best.ckpt")
     state = content.get("ema") or content["model"]
-    settings, data = content["config"]["model"], _data_config(content["config"]["data"])
+    settings, data = content["config"]["model"], data_config(content["config"]["data"])
     name = settings["name"]
     layout: Any = timm.get_pretrained_cfg(name)
     in_chans = state[f"{layout.first_conv}.weight"].shape[1]
@@ -61,7 +61,7 @@ def load_run(path: Path) -> nn.Module:
     return model.eval()
 
 
-def _data_config(values: dict[str, Any]) -> DataConfig:
+def data_config(values: dict[str, Any]) -> DataConfig:
     """The plain values of a data configuration as what they were: the kind that has their keys."""
     kinds = [kind for kind in SCHEMAS.values() if issubclass(kind, DataConfig)]
     fitting = [kind for kind in kinds if values.keys() <= {field.name for field in fields(kind)}]

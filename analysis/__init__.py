@@ -1,0 +1,1 @@
+"""What came out of sweeps: tables and figures from the folders that they leave."""
