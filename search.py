@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from filelock import FileLock, Timeout
 
@@ -60,7 +60,7 @@ class Search:
         self.study = optuna.create_study(
             storage=f"sqlite:///{output / DATABASE}",
             study_name=config.name,
-            direction=config.direction,
+            direction=cast(Any, config.direction),
             pruner=pruner,
             load_if_exists=True,
         )
@@ -88,11 +88,11 @@ class Search:
 
     def run(self) -> None:
         """Run the trials that are left, first those that were cut off."""
-        for trial in self.study.trials:
-            if trial.state.name == "RUNNING":
-                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
-                kept = {key: trial.user_attrs[key] for key in (FOLDER,) if key in trial.user_attrs}
-                self.study.enqueue_trial(trial.params, user_attrs=kept)
+        for cut in self.study.trials:
+            if cut.state.name == "RUNNING":
+                self.study.tell(cut.number, state=self.optuna.trial.TrialState.FAIL)
+                kept = {key: cut.user_attrs[key] for key in (FOLDER,) if key in cut.user_attrs}
+                self.study.enqueue_trial(cut.params, user_attrs=kept)
         for number in range(len(self.done), self.config.trials):
             trial = self.study.ask()
             values = {k: suggest(trial, k, axis) for k, axis in self.config.space.items()}

@@ -3,7 +3,7 @@
 import csv
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def _draw(study: "optuna.study.Study", config: SearchConfig, path: Path) -> None
         axis = config.space[key] if key is not None else None
         texts = axis.texts() if axis is not None else []
         for trial, value, whole in points:
-            x = trial.number if key is None else trial.params[key]
+            x: Any = trial.number if key is None else trial.params[key]
             best = trial.number == study.best_trial.number
             axes.plot(
                 texts.index(x) if texts else x,

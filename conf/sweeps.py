@@ -22,7 +22,7 @@ def at_scale(scale: str | None, values: DictConfig) -> Any:
     Raises:
         ValueError: There is no entry.
     """
-    if scale not in values:
+    if scale is None or scale not in values:
         raise ValueError(f"scale must be one of {', '.join(map(str, values))}, got {scale}")
     return values[scale]
 

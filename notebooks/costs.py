@@ -146,9 +146,7 @@ def check_full_attention(pixels: int = 56) -> None:
         expected = focal_attention(
             query, key, value, bias, geometry=geometry, pooling=(), backend="reference"
         )
-        torch.testing.assert_close(
-            forward(), expected, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(forward(), expected, msg=partial("{}: {}".format, name))
 
 
 def saved_bytes(name: str, pixels: int) -> int:
