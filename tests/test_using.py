@@ -313,5 +313,5 @@ def test_mistakes_are_told_before_pytorch_is_imported():
 
 
 def test_training_brings_no_library_that_the_run_does_not_need():
-    heavy = {"datasets", "webdataset", "onnx", "onnxscript", "pandas", "torch"}
+    heavy = {"datasets", "webdataset", "onnx", "onnxscript", "torch"}
     assert modules_after("import training", heavy) == {"torch"}
