@@ -5,7 +5,7 @@ folder that does not change, so that the same command again continues what it be
 folder is named after the overrides that make it: `interaction=local,seed=1`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,10 +27,16 @@ def at_scale(scale: str | None, values: DictConfig) -> Any:
     return values[scale]
 
 
-def member_name(overrides: Sequence[str]) -> str:
-    """The folder of a sweep's member, from the overrides that make it; `${member_name:…}`."""
+def member_name(overrides: Sequence[str], axes: Mapping[str, Any]) -> str:
+    """The folder of a sweep's member, from what sets it apart; `${member_name:…}`.
+
+    Args:
+        overrides: All that make the member.
+        axes: The experiment's own; those of one value are left out.
+    """
+    fixed = {f"{key}={value}" for key, value in axes.items()}
     parts = []
-    for override in sorted(overrides):
+    for override in sorted(set(overrides) - fixed):
         key, _, value = override.partition("=")
         key = key.lstrip("+~")
         group = key.split(".")[0].split("/")[0]
