@@ -103,6 +103,63 @@ def test_inner_bands_share_their_masks():
     assert len(kinds) == 9
 
 
+# -- levels that all windows share ----------------------------------------------------------------
+
+STAGES = [((1, 13), (7, 7)), ((1, 13), (7, 5)), ((1, 13), (7, 3)), ((1, 7), (7, 1))]
+SHARED = [
+    Case("stage 1 shape", 3, ((1, 5), (3, 3)), 12, 9, heads=2, head_dim=4, batch=3),
+    Case("whole map", 4, ((1, 6), (4, 3), (2, 4)), 8, 8, heads=2, head_dim=4, batch=3),
+    Case("shifted", 4, ((1, 6), (4, 3)), 8, 8, heads=2, head_dim=4, batch=3, shift=2),
+    Case("masked", 4, ((1, 6), (4, 3)), 8, 8, batch=2, boundary="mask", shift=1),
+    Case("partly real", 4, ((1, 6), (4, 3)), 8, 8, batch=2, boundary="mask", map_size=(8, 5)),
+    Case("stored smaller", 4, ((1, 6), (4, 3)), 7, 6, batch=2),
+]
+
+
+def plan_of(geometry: FocalGeometry, side: int, map_size=None, **options):
+    size = (side, side)
+    return make_plan(geometry, size, map_size or size, 2, torch.device("cpu"), 10**6, **options)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_levels_give_the_same(case):
+    check(case)
+
+
+def test_at_224_pixels_pooled_maps_are_shared_and_stage_3_is_one_product():
+    plans = [
+        plan_of(FocalGeometry(7, levels), side)
+        for levels, side in zip(STAGES, (56, 28, 14, 7), strict=True)
+    ]
+    assert [plan.keys.num_shared for plan in plans] == [64, 16, 196 + 4, 49 + 1]
+    assert [len(plan.keys.windowed) for plan in plans] == [169, 169, 0, 0]
+    assert [plan.queries.count for plan in plans] == [(8, 8), (4, 4), (1, 1), (1, 1)]
+    assert all(plan.keys.num_columns % 8 == 0 for plan in plans)
+
+
+def test_maps_much_larger_than_a_region_are_not_shared():
+    plan = plan_of(FocalGeometry(7, STAGES[1]), 56)
+    assert plan.keys.num_shared == 0
+    assert len(plan.keys.windowed) == 169 + 25
+
+
+def test_a_map_that_a_window_attends_twice_is_not_shared():
+    # Twice the same key, with two biases: under "wrap" a region of 6 goes around a map of 4.
+    assert plan_of(FocalGeometry(4, ((1, 6),)), 4).keys.num_shared == 0
+    assert plan_of(FocalGeometry(4, ((1, 4),)), 4).keys.num_shared == 16
+
+
+def test_tokens_that_no_window_attends_are_not_shared():
+    # They may hold anything, and what is not a number would reach all through weights of zero.
+    geometry = FocalGeometry(4, ((1, 6), (4, 3)), boundary="mask")
+    assert plan_of(geometry, 8, (8, 5)).keys.num_shared == 4  # the pooled map alone
+
+
+def test_without_sharing_columns_are_in_canonical_order():
+    plan = plan_of(FocalGeometry(7, STAGES[2]), 14, share=False)
+    assert plan.keys.windowed.tolist() == list(range(178))
+
+
 def test_an_expanded_gradient_gives_the_same():
     tensors = make_tensors(MASKED)
     gradient = torch.ones((), dtype=torch.float64).expand(MASKED.shape)
