@@ -22,8 +22,8 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Scratch
+from kernels.eager_plan import Band, Plan, make_plan
 from kernels.eager_pool import add_pool_gradient, pool
-from kernels.eager_windows import Band, Plan, make_plan
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.eager_windows import Band, Plan
+from kernels.eager_plan import Band, Plan
 
 __all__ = ["BandBias", "BiasGradient"]
 

@@ -7,7 +7,8 @@ from math import prod
 
 from torch import Tensor
 
-from kernels.eager_windows import Band, Patches
+from kernels.eager_plan import Band
+from kernels.eager_windows import Patches
 
 __all__ = ["Gathered", "Scratch"]
 

@@ -1,6 +1,6 @@
 """The bias of shared keys in the eager backend: spread over whole maps, and collected from them.
 
-Where every window takes a whole map as its keys (`kernels.eager_windows`), the bias of a pair has
+Where every window takes a whole map as its keys (`kernels.eager_plan`), the bias of a pair has
 to stand where its key lies, and -inf where the two do not attend each other. Both directions are
 one gather through a table that depends on sizes alone.
 """

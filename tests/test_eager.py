@@ -22,7 +22,7 @@ from cases import (
 from hypothesis import given, settings
 
 from kernels import FocalGeometry, eager
-from kernels.eager_windows import make_plan
+from kernels.eager_plan import make_plan
 
 LAYOUTS = pytest.mark.parametrize("layout", [fused, heads_first, channels_first])
 LARGE = Case("stage", 7, ((1, 13), (7, 5)), 23, 30, heads=2, head_dim=6, batch=3, shift=3)
