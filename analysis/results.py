@@ -7,8 +7,9 @@ from typing import Any
 
 from analysis.costs import Cost, count
 from analysis.paper import PaperRow, paper_row
-from analysis.sweeps import Member, Sweep
+from analysis.sweeps import SEED, Member, Sweep
 from conf import ConfigError
+from training.checkpoint import differences
 
 EPOCHS = ("last", "best")
 
@@ -153,10 +154,36 @@ def collect(sweep: Sweep, *, epoch: str = "last") -> Result:
             if member.fault is not None:
                 seed = "" if member.seed is None else f", seed {member.seed}"
                 notes.append(f"{row.label}{seed}: {member.fault}")
+    notes += _differences(sweep)
     if sweep.strays:
         names = ", ".join(folder.name for folder in sweep.strays)
         notes.append(f"left out, as they differ in more than the axes: {names}")
     return Result(sweep, epoch, tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _differences(sweep: Sweep) -> list[str]:
+    """Settings in which members differ though neither the axes nor the command say so.
+
+    The files of an experiment may change between two commands of a sweep. The model's settings are
+    those of the axes and compared within a variant alone.
+    """
+    found = []
+    for members in sweep.variants:
+        configs = [member.config for member in members if member.config]
+        for config in configs:
+            found += differences(_without_model(sweep.example), _without_model(config))
+            found += differences(configs[0], config)
+    swept = (*sweep.axes, *sweep.fixed, SEED, "resume", "logger")
+    changed = [
+        text
+        for text in dict.fromkeys(found)
+        if not any(text.startswith((f"{key}:", f"{key}.")) for key in swept)
+    ]
+    return [f"members differ off the axes: {text}" for text in changed]
+
+
+def _without_model(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "model"}
 
 
 def _number(count: int, noun: str) -> str:

@@ -162,6 +162,14 @@ def test_of_two_folders_of_a_member_the_finished_one_counts_and_strays_are_named
     assert result.notes == ("left out, as they differ in more than the axes: short",)
 
 
+def test_members_of_other_settings_than_the_axes_are_told(tmp_path: Path) -> None:
+    folder = write_all(tmp_path / "cpu", DONE)
+    file = folder / "4/config.yaml"
+    file.write_text(file.read_text().replace("clip_grad: 5.0", "clip_grad: 1.0"))
+    notes = collect(read_sweep(folder)).notes
+    assert notes == ("members differ off the axes: trainer.clip_grad: 5.0 → 1.0",)
+
+
 def test_one_more_member_by_a_later_command_leaves_the_others_where_they_are(
     tmp_path: Path,
 ) -> None:
