@@ -143,18 +143,20 @@ class Search:
     def _watch(self, process: subprocess.Popen, trial: "optuna.trial.Trial", folder: Path) -> bool:
         """Report epochs until the process ends; True if the trial was ended early."""
         reported: set[int] = set()
-        while process.poll() is None:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_SECONDS)
+        while True:
+            ended = process.poll() is not None  # looked at first: what it wrote last counts too
             for epoch, value in self._metrics(folder).items():
                 if epoch not in reported:
                     trial.report(value, epoch)
                     reported.add(epoch)
-            if process.poll() is None and reported and trial.should_prune():
+            if ended:
+                return False
+            if reported and trial.should_prune():
                 process.terminate()
                 process.wait()
                 return True
-        return False
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_SECONDS)
 
     def _metrics(self, folder: Path) -> dict[int, float]:
         """The metric by epoch, so far."""
