@@ -27,14 +27,14 @@ def at_scale(scale: str | None, values: DictConfig) -> Any:
     return values[scale]
 
 
-def member_name(overrides: Sequence[str], axes: Mapping[str, Any]) -> str:
+def member_name(overrides: Sequence[str], axes: Mapping[str, Any] | None = None) -> str:
     """The folder of a sweep's member, from what sets it apart; `${member_name:…}`.
 
     Args:
         overrides: All that make the member.
-        axes: The experiment's own; those of one value are left out.
+        axes: The experiment's own; what they set to one value for all members is left out.
     """
-    fixed = {f"{key}={value}" for key, value in axes.items()}
+    fixed = {f"{key}={value}" for key, value in (axes or {}).items()}
     parts = []
     for override in sorted(set(overrides) - fixed):
         key, _, value = override.partition("=")
@@ -46,6 +46,8 @@ def member_name(overrides: Sequence[str], axes: Mapping[str, Any]) -> str:
             key = key.removeprefix(prefix)
         for old, new in ((" ", ""), ("[", ""), ("]", ""), (",", "-"), ("/", "_"), ("'", "")):
             value = value.replace(old, new)
+        if value in ("True", "False"):  # as Hydra spells one of a swept pair
+            value = value.lower()
         parts.append(f"{key}={value}")
     return ",".join(parts) or "default"
 

@@ -176,6 +176,7 @@ def test_a_member_that_fails_leaves_its_traceback_and_the_others_run(tmp_path: P
         (["finetune=a/b.pth", "hydra.sweep.dir=x", "logger.mode=online"], "finetune=a_b.pth"),
         (["trainer.epochs=3", "trainer.seed=0"], "seed=0"),
         (["trainer.epochs=4", "trainer.seed=0"], "epochs=4,seed=0"),
+        (["model.shift=True"], "shift=true"),
         (["experiment=ablation/x"], "default"),
     ],
 )
