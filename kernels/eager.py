@@ -2,9 +2,11 @@
 
 The same sum as the oracle, but the working set stays in the cache: windows are taken in bands of
 window rows and images a few at a time, the keys of a band are copied once into a small buffer that
-already has its borders, windows read that buffer through an overlapping strided view, and backward
-computes the scores again. Only query, key, value and the coarse maps are saved. Sums run in a fixed
-order, so results do not change from run to run.
+already has its borders, and windows read that buffer through an overlapping strided view. Sums run
+in a fixed order, so results do not change from run to run.
+
+A training step keeps its attention weights: to compute them again takes longer than to read them.
+Under a compiler, which plans memory itself, only query, key, value and the coarse maps are saved.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def focal_attention(
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
     size = geometry.padded_size(*query.shape[1:3])
-    return _attention(
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
+    keep = trains and not torch.compiler.is_compiling()
+    out, _ = _attention(
         query,
         key,
         value,
@@ -63,8 +67,10 @@ def focal_attention(
         scale,
         list(map_size),
         dropout_p,
+        keep,
         dropout_seed,
     )
+    return out
 
 
 def _given(entry: Pooling | PooledMap, which: str, query: Tensor, size: tuple[int, int]) -> Tensor:
@@ -102,10 +108,9 @@ class _Step:
 
     band: Band
     images: slice  # of those loaded
+    heads: int
     query: Tensor  # [products, queries, dim]
     key_value: Tensor  # [2, products, keys, dim]
-    bias: Tensor  # [windows · heads, queries, keys]
-    no_key: Tensor | None  # bool [windows · heads, queries, 1]
 
     @property
     def key(self) -> Tensor:
@@ -118,31 +123,35 @@ class _Step:
         return self.key_value[1]
 
     @property
-    def heads(self) -> int:
-        """How many."""
-        return len(self.bias) // self.band.num_windows
+    def score_shape(self) -> tuple[int, int, int]:
+        """`[products, queries, keys]`."""
+        return *self.query.shape[:2], self.key.shape[1]
 
-    def weights(self, scale: float, scratch: Scratch) -> Tensor:
-        """Attention weights before dropout, `[products, queries, keys]`; zeros without any key."""
-        out = scratch("weights", *self.query.shape[:2], self.key.shape[1])
-        out.unflatten(0, (-1, self.bias.shape[0])).copy_(self.bias)
+    def weights(self, biases: BandBias, scale: float, out: Tensor) -> Tensor:
+        """Attention weights before dropout, into ``out``; zeros without any key.
+
+        Args:
+            biases: Of all bands.
+            scale: Factor of the products.
+            out: `[products, queries, keys]`.
+        """
+        bias, no_key = biases.of(self.band)
+        out.unflatten(0, (-1, len(bias))).copy_(bias)
         out.baddbmm_(self.query, self.key.mT, alpha=scale)
         torch.softmax(out, dim=-1, out=out)
-        if self.no_key is not None:
-            out.unflatten(0, (-1, len(self.bias))).masked_fill_(self.no_key, 0.0)
+        if no_key is not None:
+            out.unflatten(0, (-1, len(bias))).masked_fill_(no_key, 0.0)
         return out
 
 
 class _Reader:
     """What steps read."""
 
-    def __init__(
-        self, plan: Plan, query: Tensor, key_values: Sequence[Tensor], bias: Tensor
-    ) -> None:
+    def __init__(self, plan: Plan, query: Tensor, key_values: Sequence[Tensor]) -> None:
         self._plan = plan
+        self._heads = query.shape[3]
         self._queries = Gathered([query[None]], [plan.queries], plan.loaded)
         self._keys = Gathered([key_values[i] for i in plan.order], plan.levels, plan.loaded)
-        self._bias = BandBias(plan, bias.to(query.dtype))
 
     def steps(self, loaded: slice, scratch: Scratch) -> Iterator[_Step]:
         """Gather these images of the batch, band by band; each step overwrites the one before."""
@@ -152,7 +161,7 @@ class _Reader:
             query = self._queries.read(band, images, scratch, "query")[0]
             columns = self._plan.keys.num_columns
             key_value = self._keys.read(band, images, scratch, "key and value", columns)
-            yield _Step(band, images, query, key_value, *self._bias.of(band))
+            yield _Step(band, images, self._heads, query, key_value)
 
 
 @dataclass(frozen=True)
@@ -203,27 +212,34 @@ def _attention(
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
+    keep: bool,
     dropout_seed: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and with ``keep`` each step's weights before dropout."""
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
-    inputs = _Reader(plan, query, key_values, bias)
+    inputs = _Reader(plan, query, key_values)
+    biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan)
+    kept: list[Tensor] = []
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
         out_windows.start_sum(loaded)
         for step in inputs.steps(loaded, scratch):
-            weight = step.weights(scale, scratch)
+            if keep:
+                kept.append(query.new_empty(step.score_shape))
+            scores = kept[-1] if keep else scratch("weights", *step.score_shape)
+            weight = step.weights(biases, scale, scores)
             if dropout is not None:
-                weight *= dropout.factor(step, loaded, weight)
+                weight = weight * dropout.factor(step, loaded, weight)
             # The queries are not needed any more: their memory takes the result.
             attended = torch.bmm(weight, step.value, out=step.query)
             out_windows.add(step.band, step.images, attended[None])
         out_windows.finish_sum(loaded)
-    return out[0]
+    return out[0], kept
 
 
 def _plan(
@@ -268,8 +284,14 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _(query, key, value, bias, coarse_keys, coarse_values, weights, *settings):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
+def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
+    _, map_size, dropout_p, keep, _ = settings
+    kept = []
+    if keep:
+        plan = _plan(decode_geometry(code), query, map_size, dropout_p)
+        shapes = plan.score_shapes(len(query), query.shape[3])
+        kept = [query.new_empty(shape) for shape in shapes]
+    return torch.empty_like(query, memory_format=torch.contiguous_format), kept
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
@@ -283,6 +305,7 @@ def _attention_backward(
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
     pool_weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
@@ -292,7 +315,9 @@ def _attention_backward(
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
-    inputs = _Reader(plan, query, key_values, bias)
+    inputs = _Reader(plan, query, key_values)
+    biases = None if kept else BandBias(plan, bias.to(query.dtype))
+    kept_weights = iter(kept)
     dropout = _dropout(dropout_p, dropout_seed, plan)
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 
@@ -314,16 +339,19 @@ def _attention_backward(
         for step in inputs.steps(loaded, scratch):
             where = step.band, step.images
             d_out = gradients.read(*where, scratch, "gradient")[0]
-            weight = step.weights(scale, scratch)
+            if biases is None:
+                weight = next(kept_weights)
+            else:
+                weight = step.weights(biases, scale, scratch("weights", *step.score_shape))
             d_weight = torch.bmm(d_out, step.value.mT, out=scratch("d_weight", *weight.shape))
-            kept = weight
+            dropped = weight
             if dropout is not None:
                 factor = dropout.factor(step, loaded, weight)
                 d_weight *= factor
-                kept = weight * factor
+                dropped = weight * factor
             # The gathered values are not needed any more, nor are queries and keys further down:
             # their memory, still in the cache, takes the gradients.
-            torch.bmm(kept.mT, d_out, out=step.value)
+            torch.bmm(dropped.mT, d_out, out=step.value)
             # Δ comes from the weights, not from the output, which is rounded: gradients of scores
             # sum to zero over the keys.
             d_score = torch.ops.aten._softmax_backward_data.out(
@@ -353,7 +381,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, *settings):
+def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, kept, *settings):
     grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]))
     coarse = [key.new_empty((2, *key.shape)) for key in coarse_keys]
     rest = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*weights, bias)]
@@ -361,22 +389,24 @@ def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, *s
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, bias, coarse_keys, coarse_values, weights, *settings, seed = inputs
+    query, key, value, bias, coarse_keys, coarse_values, weights, *settings, _, seed = inputs
+    _, kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.num_coarse = len(weights)
     ctx.settings = settings
-    lists = (*coarse_keys, *coarse_values, *weights)
-    ctx.save_for_backward(query, key, value, bias, *lists, seed)
+    lists = (*coarse_keys, *coarse_values, *weights, *kept)
+    ctx.save_for_backward(query, key, value, bias, seed, *lists)
 
 
-def _backward(ctx, grad_out):
-    query, key, value, bias, *rest, seed = ctx.saved_tensors
+def _backward(ctx, grad_out, _):
+    query, key, value, bias, seed, *rest = ctx.saved_tensors
     count = ctx.num_coarse
-    lists = (rest[:count], rest[count : 2 * count], rest[2 * count :])
+    lists = (rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count], rest[3 * count :])
     grad_maps, *grads, grad_bias = _attention_backward(
         grad_out, query, key, value, bias, *lists, *ctx.settings, seed
     )
     coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
-    none = (None,) * (len(ctx.settings) + 1)
+    none = (None,) * (len(ctx.settings) + 2)
     return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
 
 
@@ -389,7 +419,5 @@ def _(query, key, value, bias, coarse_keys, coarse_values, weights, code, *setti
 
 
 @register_flop_formula(torch.ops.focal.eager_attention_backward)
-def _(
-    d_out, query, key, value, bias, coarse_keys, coarse_values, weights, code, *settings, out_shape
-):
+def _(d_out, query, key, value, bias, keys, values, weights, kept, code, *settings, out_shape):
     return backward_flops(query, code)

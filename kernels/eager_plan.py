@@ -108,6 +108,13 @@ class Plan:
             for band in self.bands:
                 yield band, images
 
+    def score_shapes(self, batch: int, num_heads: int) -> Iterator[tuple[int, int, int]]:
+        """Products, queries and columns of each step through a batch, in order."""
+        for loaded in self.loads(batch):
+            for band, images in self.steps(loaded):
+                products = (images.stop - images.start) * band.num_windows * num_heads
+                yield products, self.queries.size, self.keys.num_columns
+
 
 def _slices(count: int, step: int) -> Iterator[slice]:
     for start in range(0, count, step):

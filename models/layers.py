@@ -269,22 +269,26 @@ class _PartwiseMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight1, weight2, *kept = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        sums = [
-            torch.zeros_like(weight1),
-            weight1.new_zeros(len(weight1)),
-            torch.zeros_like(weight2),
-            weight2.new_zeros(len(weight2)),
-        ]
+        sums: list[Tensor] = []
         splits = (tensor.split(ctx.size) for tensor in (grad, x, grad_x))
         for hidden, part_grad, part, part_grad_x in zip(kept, *splits, strict=True):
-            sums[2].addmm_(part_grad.t(), F.gelu(hidden))
-            sums[3] += part_grad.sum(0)
             grad_hidden = _product(part_grad, weight2.t(), None)
+            factors = (part_grad, F.gelu(hidden))
             torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
-            sums[0].addmm_(grad_hidden.t(), part)
-            sums[1] += grad_hidden.sum(0)
+            _add_weight_gradients(sums, (grad_hidden, part), factors)
             part_grad_x.copy_(_product(grad_hidden, weight1.t(), None))
         return grad_x, *sums
+
+
+def _add_weight_gradients(sums: list[Tensor], *layers: tuple[Tensor, Tensor]) -> None:
+    """Add each layer's gradients of weight and bias, from those of its output and its input."""
+    if not sums:
+        for grad, x in layers:
+            sums += (grad.t() @ x, grad.sum(0))
+        return
+    for (grad, x), weight, bias in zip(layers, sums[::2], sums[1::2], strict=True):
+        weight.addmm_(grad.t(), x)
+        bias += grad.sum(0)
 
 
 def resize_map(x: Tensor, height: int, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The eager backend against the oracle: output and every gradient."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -248,6 +249,43 @@ def test_results_do_not_change_from_run_to_run():
     tensors, gradient = make_tensors(LARGE, torch.float32), random_gradient(LARGE, torch.float32)
     first, second = (run(LARGE, tensors, "eager", gradient) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """How many steps' weights each call kept, and a way to forbid it."""
+    attention, counts, allowed = eager._attention, [], [True]
+
+    def spy(*arguments):
+        *rest, keep, seed = arguments
+        out, kept = attention(*rest, keep and allowed[0], seed)
+        counts.append(len(kept))
+        return out, kept
+
+    monkeypatch.setattr(eager, "_attention", spy)
+    return counts, allowed
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
+def test_kept_weights_give_what_weights_computed_again_give(case, dropout_p, keeping):
+    counts, allowed = keeping
+    case = replace(case, dropout_p=dropout_p)
+    tensors, gradient = make_tensors(case), random_gradient(case)
+    kept = run(case, tensors, "eager", gradient)
+    allowed[0] = False
+    computed = run(case, tensors, "eager", gradient)
+    assert counts[0] > 0 == counts[1]
+    assert all(torch.equal(kept[name], computed[name]) for name in kept)
+
+
+def test_weights_are_kept_for_a_gradient_alone(keeping):
+    counts, _ = keeping
+    tensors = make_tensors(LARGE)
+    with torch.no_grad():
+        attend(LARGE, tensors, "eager")
+    attend(LARGE, {name: x.detach() for name, x in tensors.items()}, "eager")
+    assert counts == [0, 0]
 
 
 # -- lower precision ------------------------------------------------------------------------------
