@@ -12,6 +12,7 @@ from conf import ConfigError
 from training.checkpoint import differences
 
 EPOCHS = ("last", "best")
+SAID = ("data.img_size", "trainer.epochs")  # in the line that `setting` is, for every sweep
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Median training speed over the epochs of all finished members."""
-        values = self._values("images_per_second")
-        return statistics.median(values) if values else None
+        """Training speed of the fastest epoch of all finished members: other work only slows."""
+        return max(self._values("images_per_second"), default=None)
 
     @property
     def memory(self) -> float | None:
@@ -119,7 +119,7 @@ class Result:
             + "".join(
                 f", {short_key(key)} {short_value(value)}"
                 for key, value in self.sweep.fixed.items()
-                if key != "data.img_size"
+                if key not in SAID
             )
         )
 

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import ConfigError
-from conf.sweeps import member_name, register_resolvers
+from conf.sweeps import as_given, member_name, register_resolvers
 from training.records import read_history
 
 MULTIRUN, CONFIG, ERROR = "multirun.yaml", "config.yaml", "error.txt"
@@ -160,7 +160,7 @@ def read_sweep(path: Path) -> Sweep:
     strays = []
     others = _name_without(expected[0], keys)
     for file in sorted(path.glob(f"*/{OVERRIDES}")):
-        given = {_key(text): text.partition("=")[2] for text in _read_yaml(file) or []}
+        given = dict(map(_setting, _read_yaml(file) or []))
         if given.keys() >= set(keys) and _name_without(given, keys) == others:
             folders.setdefault(_values(given, keys), []).append(file.parent.parent)
         else:
@@ -194,15 +194,17 @@ def _name_without(settings: dict[str, str], keys: list[str]) -> str:
     return member_name([f"{key}={value}" for key, value in settings.items() if key not in keys])
 
 
-def _key(argument: str) -> str:
-    return argument.partition("=")[0].lstrip("+~")
+def _setting(argument: str) -> tuple[str, str]:
+    """Key and value."""
+    key, _, value = argument.partition("=")
+    return key.lstrip("+~"), as_given(value)
 
 
 def _expand(arguments: list[str]) -> list[dict[str, str]]:
     """The settings of every member, as Hydra itself combines them."""
     overrides = OverridesParser.create().parse_overrides(arguments)
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    return [{_key(text): text.partition("=")[2] for text in member} for member in batch]
+    return [dict(map(_setting, member)) for member in batch]
 
 
 def _best(values: dict[str, str], folders: list[Path]) -> Member:

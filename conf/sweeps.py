@@ -46,10 +46,13 @@ def member_name(overrides: Sequence[str], axes: Mapping[str, Any] | None = None)
             key = key.removeprefix(prefix)
         for old, new in ((" ", ""), ("[", ""), ("]", ""), (",", "-"), ("/", "_"), ("'", "")):
             value = value.replace(old, new)
-        if value in ("True", "False"):  # as Hydra spells one of a swept pair
-            value = value.lower()
-        parts.append(f"{key}={value}")
+        parts.append(f"{key}={as_given(value)}")
     return ",".join(parts) or "default"
+
+
+def as_given(value: str) -> str:
+    """A swept value as one writes it: of `model.shift=false,true` Hydra makes False and True."""
+    return value.lower() if value in ("True", "False") else value
 
 
 def register_resolvers() -> None:

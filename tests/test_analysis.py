@@ -83,7 +83,7 @@ def test_top1_is_mean_and_deviation_over_seeds_of_the_last_epoch(tmp_path: Path)
     assert wrap.top1 == [90.0, 92.0, 97.0]
     assert wrap.mean == pytest.approx(93.0)
     assert wrap.deviation == pytest.approx(statistics.stdev([90, 92, 97]))
-    assert wrap.images_per_second == 150.0
+    assert wrap.images_per_second == 200.0
     assert wrap.memory == 2048
     assert result.notes == ()
     best = collect(result.sweep, epoch="best")
@@ -205,7 +205,13 @@ SWEEPS = {
         for blocks in ("swin", "both")
         for depths in ("2-2-2-2", "2-2-4-2", "2-2-6-2")
     ],
+    ("depth", "cpu"): [
+        f"{blocks}, {depths}"
+        for blocks in ("swin", "both")
+        for depths in ("1-1-1-1", "1-1-2-1", "1-1-3-1")
+    ],
     ("window_size", "cpu"): ["swin, 3", "swin, 6", "both, 3", "both, 6"],
+    ("window_shift", "cpu"): ["window, false", "window, true", "both, false", "both, true"],
 }
 
 
@@ -294,7 +300,7 @@ def test_data_that_are_not_here_leave_the_cost_out_with_the_reason(tmp_path: Pat
     ("ablation", "values", "model", "top1"),
     [
         ("window_shift", {"interaction": "both", "model.shift": "true"}, "Focal-T with", 81.9),
-        ("depth", {"interaction": "swin", "model.depths": "[1,1,2,1]"}, "Swin-T, 2-2-2-2", 78.7),
+        ("depth", {"interaction": "swin", "model.depths": "[1,1,1,1]"}, "Swin-T, 2-2-2-2", 78.7),
         ("window_size", {"interaction": "both", "model.window_size": "14"}, "Focal-T, win", 82.3),
     ],
 )
