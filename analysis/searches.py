@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from analysis.figures import COST, OURS, PAPER
 from analysis.results import short_key
@@ -87,6 +88,11 @@ def _draw(study: "optuna.study.Study", config: SearchConfig, path: Path) -> None
             axes.margins(x=0.2)
         if axis is not None and axis.log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0e}".replace("e-0", "e-"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        if key is None:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("trial" if key is None else short_key(key), fontsize=9)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

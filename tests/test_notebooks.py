@@ -67,7 +67,7 @@ def test_the_page_shows_every_figure_of_a_notebook(name: str) -> None:
     shown = set(re.findall(rf"\(figures/({name}_\w+\.png)\)", page))
     stored = {path.name: path.stat().st_size for path in FIGURES.glob(f"{name}_*.png")}
     assert shown == set(stored)
-    assert shown <= exported(name)
+    assert shown == exported(name)
     assert all(size <= LARGEST for size in stored.values())
 
 
