@@ -18,6 +18,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.coarse import PooledMap, Pooling
@@ -288,7 +289,8 @@ def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *
     _, map_size, dropout_p, keep, _ = settings
     kept = []
     if keep:
-        plan = _plan(decode_geometry(code), query, map_size, dropout_p)
+        with unset_fake_temporarily():  # a plan is made of numbers
+            plan = _plan(decode_geometry(code), query, map_size, dropout_p)
         shapes = plan.score_shapes(len(query), query.shape[3])
         kept = [query.new_empty(shape) for shape in shapes]
     return torch.empty_like(query, memory_format=torch.contiguous_format), kept
