@@ -55,8 +55,8 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """All values."""
-        return _tell(self.values)
+        """All values, in the order of the axes."""
+        return ", ".join(self.values.values())
 
     @property
     def error(self) -> float:
