@@ -87,7 +87,7 @@ def focal_attention(
     elif dropout_p > 0.0:
         dropout_seed = draw_seed(query.device)
     name = resolve_backend(backend, query.device, query.dtype)
-    if name != "reference":
+    if name != "reference" and not torch.compiler.is_compiling():
         _refuse_forward_mode(name, query, key, value, bias, *_pooling_tensors(pooling))
     run = {"reference": reference, "eager": eager}.get(name) or ops
     return run.focal_attention(
@@ -253,8 +253,6 @@ def _pooling_tensors(pooling: Sequence[Pooling | PooledMap]) -> list[Tensor]:
 
 def _refuse_forward_mode(backend: str, *tensors: Tensor) -> None:
     """A registered operator drops tangents without a word: derivatives would come out as zero."""
-    if torch.compiler.is_compiling():
-        return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
             f"backend={backend!r} has no forward-mode derivative (jvp, jacfwd, dual tensors): "
