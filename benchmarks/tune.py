@@ -36,7 +36,7 @@ from benchmarks.launch_file import Key, rewrite
 from benchmarks.timing import environment, interleave, write_json
 from benchmarks.workloads import TRAINING, released_cases, tiny_cases
 from kernels import backward, forward, launch_table
-from kernels.launch import device_target, padded_head_dim, pick_tile
+from kernels.launch import device_target, pick_tile, tile_side
 from kernels.launch_table import TABLE, Tile
 
 TUNED = tuple(dict.fromkeys(key[0] for key in TABLE))  # kernels, as the table names them
@@ -235,7 +235,7 @@ def tune(
     jobs = [(dtype, kernel) for dtype in benches for kernel in kernels]
     bench, bench_dtype = None, None
     for index, (dtype, kernel) in enumerate(jobs):
-        key = (kernel, padded_head_dim(case.head_dim), dtype.itemsize, target)
+        key = (kernel, tile_side(case.head_dim), dtype.itemsize, target)
         start = pick_tile(kernel, case.head_dim, dtype, case.geometry.num_queries, target)
         reserve = deadline.seconds_left * (1 - 1 / (len(jobs) - index))
         if deadline.seconds_left <= 0:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,6 +23,7 @@ __all__ = [
     "pick_tile",
     "pools_inline",
     "sum_dtype",
+    "tile_side",
     "token_map",
 ]
 
@@ -50,12 +50,13 @@ def pick_tile(
     if dtype == torch.float64:
         tile = FLOAT64_TILE
     else:
-        key = (kernel, padded_head_dim(head_dim), dtype.itemsize)
+        key = (kernel, tile_side(head_dim), dtype.itemsize)
         tile = TABLE.get((*key, target)) or TABLE.get((*key, ANY_TARGET), LARGEST_HEAD_TILE)
-    block_m = min(tile.block_m, max(LEAST_SIDE, triton.next_power_of_2(num_queries)))
+    block_m = min(tile.block_m, tile_side(num_queries))
     return replace(tile, block_m=block_m)
 
 
+@lru_cache
 def device_target(device: torch.device) -> str:
     """A device's architecture as the launch table names it: "sm_90", "gfx942"; else "any"."""
     if device.type != "cuda":
@@ -71,9 +72,9 @@ def warp_size(device: torch.device) -> int:
     return 64 if device_target(device).startswith("gfx") else 32
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """A tile's last axis: a power of two, and wide enough for a tensor core."""
-    return max(LEAST_SIDE, triton.next_power_of_2(head_dim))
+def tile_side(count: int) -> int:
+    """The least side of a tile that holds ``count``: a power of two that a tensor core takes."""
+    return max(LEAST_SIDE, 1 << (count - 1).bit_length())
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -102,7 +103,7 @@ def cut_with_tail(keys: int, block: int, least: int) -> Cut:
 
 def cut_evenly(keys: int, block: int) -> Cut:
     """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
-    block = min(block, max(LEAST_SIDE, triton.next_power_of_2(keys)))
+    block = min(block, tile_side(keys))
     return Cut(block, _round_up(keys, block), ())
 
 
@@ -179,7 +180,7 @@ class Problem:
     @property
     def row_bytes(self) -> int:
         """Of a token's row in a tile."""
-        return padded_head_dim(self.query_shape[4]) * self.dtype.itemsize
+        return tile_side(self.query_shape[4]) * self.dtype.itemsize
 
     def options(self, tile: Tile, keys: int | None = None) -> dict[str, int]:
         """A kernel's options for the compiler.
@@ -226,7 +227,7 @@ class Problem:
             narrow=offsets_fit(*maps) and image < 2**31,
             same_strides=key.stride()[1:] == value.stride()[1:],
             head_dim=head_dim,
-            block_d=padded_head_dim(head_dim),
+            block_d=tile_side(head_dim),
             m_pad=_round_up(geometry.num_queries, block_m),
             n_pad=levels[-1].column + levels[-1].width,
             precision=float32_precision(),

@@ -28,8 +28,8 @@ from kernels.launch import (
     COPYING_THREADS,
     acc_type,
     offsets_fit,
-    padded_head_dim,
     sum_dtype,
+    tile_side,
     token_map,
     warp_size,
 )
@@ -165,7 +165,7 @@ class PoolProblem:
             "value": token_map(value),
             "size": Size(height, width, *padded, height, width, heads, self.num_cells),
             "count": self.shape[0] * self.num_cells,
-            "S": PoolShape(self.geometry.shift, narrow, head_dim, padded_head_dim(head_dim)),
+            "S": PoolShape(self.geometry.shift, narrow, head_dim, tile_side(head_dim)),
             "SUB": self.geometry.levels[self.level].subwindow_size,
             "BLOCK": self.BLOCK,
             "ACC_TYPE": acc_type(self.dtype),
