@@ -14,7 +14,7 @@ With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gr
   windows and tiles in ascending order. A coarse level's result is the gradient of its pooled map,
   which `kernels.pooling` takes to tokens.
 
-The workspace holds a few images at a time, so that it stays small and in the second-level cache.
+The workspace holds some images at a time, so that it takes no more memory for a larger batch.
 Layouts as in `kernels.forward`; gradients are contiguous.
 """
 

@@ -14,10 +14,12 @@ from kernels.tiles import Level
 
 __all__ = ["GradientPlan"]
 
-# Of the gradients' workspace, to stay in the second-level cache of a large GPU (40 MB and up).
-WORKSPACE_BYTES = 2**25
-# Of a gradient launch: two waves of a large GPU. More would only sum the bias in more parts.
-GRADIENT_PROGRAMS = 512
+# Of the gradients' workspace. The second-level cache would hold 32 MiB, but launches that small
+# leave a large GPU half empty and take longer to make than to run (docs/decisions.md).
+WORKSPACE_BYTES = 2**28
+# Of the gradient launches of a round: four waves of a large GPU. Fewer leave a long last wave, more
+# sum the bias in more parts.
+GRADIENT_PROGRAMS = 1024
 
 
 @dataclass(frozen=True)

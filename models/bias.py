@@ -74,10 +74,8 @@ class FocalBias(nn.Module):
 
     def forward(self) -> Tensor:
         """`[heads, window_size², num_keys]`, keys in canonical order."""
-        tables: list[Tensor] = [self.window]
-        if self.ring is not None:
-            tables.append(self.ring.flatten(1))
-        tables.extend(self.coarse)
+        ring = [] if self.ring is None else [self.ring.flatten(1)]
+        tables = [self.window, *ring, *self.coarse]
         return torch.cat(tables, dim=1).index_select(1, self.index).view(self.dense_shape)
 
 

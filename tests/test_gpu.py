@@ -42,18 +42,15 @@ HARD = [
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+# The hardware's exponential is good to two units of float32's last place, the library's to one.
+LIMITS = {torch.float32: 3.0, torch.float16: 2.0, torch.bfloat16: 2.0}
+TF32_LOSES = 2**13  # bits of a number: 10 of float32's 23 are left
 
 
 @DTYPES
 @pytest.mark.parametrize("case", RELEASED + HARD, ids=str)
-def test_error_is_at_most_twice_the_plain_one(case, dtype):
-    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2))
+def test_error_is_at_most_a_few_times_the_plain_one(case, dtype):
+    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2), LIMITS[dtype])
 
 
 def test_arguments_that_are_all_1_give_the_same():
@@ -73,8 +70,10 @@ def test_a_float32_bias_beside_16_bit_maps(dtype):
 
 
 @pytest.mark.parametrize("case", [RELEASED[1], HARD[1]], ids=str)
-def test_tf32_error_is_at_most_twice_the_plain_one(case, tf32):
-    assert_precise(error_ratios(case, torch.float32, "triton", "cuda", draws=2))
+def test_tf32_error_is_the_plain_one_with_fewer_bits(case):
+    ratios = error_ratios(case, torch.float32, "triton", "cuda", draws=2, precision="high")
+    assert_precise(ratios, 2 * TF32_LOSES)
+    assert min(ratios.values()) > 0.1 * TF32_LOSES, "exact products are no test of TF32"
 
 
 @DTYPES
