@@ -107,16 +107,16 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
     bias = torch.empty(heads, geometry.num_queries, geometry.num_keys, device="meta")
     none = query.new_empty(case.batch, 0, heads, head_dim)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
-    pools, poolings, pooled = [], [], [(none, none)]
+    cells = geometry.coarse_starts(*map_size)[-1]
+    coarse_key, coarse_value = (query.new_empty(case.batch, cells, heads, head_dim) for _ in "kv")
+    pools, poolings = [], []
     with recording(target, "forward") as launches:
         for level in range(1, len(geometry.levels)):
             poolings.append(PoolProblem(geometry, tuple(key.shape), dtype, level))
-            side = geometry.levels[level].subwindow_size
-            weight = torch.empty(side, side, device="meta")
+            weight = torch.empty(geometry.levels[level].subwindow_size ** 2, device="meta")
             offset = torch.empty(heads, head_dim, dtype=dtype, device="meta")
             pools.append(Pool(weight, offset, offset))
-            pooled.append(pooling.launch_pool(key, value, weight, None, None, poolings[-1]))
-        coarse_key, coarse_value = (torch.cat(maps, dim=1) for maps in zip(*pooled, strict=True))
+            pooling.launch_pool(key, value, *pools[-1], (coarse_key, coarse_value), poolings[-1])
         attention = Problem(
             geometry=geometry,
             query_shape=tuple(query.shape),
@@ -130,9 +130,13 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
         )
         out, stats = forward.launch_forward(query, key, value, bias, attention)
     with recording(target, "backward") as found:
-        backward.launch_backward(out, query, key, value, bias, out, stats, attention)
-        for problem, pool, maps in zip(poolings, pools, pooled[1:], strict=True):
-            pooling.launch_pool_backward(*maps, key, value, pool.weight_ptr, problem)
+        grad_maps, _, grad_coarse = backward.launch_backward(
+            out, query, key, value, bias, out, stats, attention
+        )
+        grads = grad_maps[:, :, :, 1], grad_maps[:, :, :, 2]
+        for problem, pool in zip(poolings, pools, strict=True):
+            weight = pool.weight_ptr
+            pooling.launch_pool_backward(key, value, weight, grad_coarse, grads, problem)
     launches += found
     if pools and pools_inline(geometry, query.shape):
         inside = replace(attention, coarse_key=none, coarse_value=none, pools=tuple(pools))

@@ -190,6 +190,8 @@ def _parts(launch: Launch) -> Iterator[tuple[str, Fraction]]:
         touched = Fraction(tensor.numel())
         if name == "bias_ptr":
             touched *= Fraction(level.width, shape.n_pad) if level else 1
+        elif name in ("grad_key", "grad_value") and "pool_backward_kernel" in launch.name:
+            touched *= 2 * images / tensor.shape[0]  # added to
         elif name == "bias_part_ptr":  # read and written: sums go on
             touched *= 2 * Fraction(level.region**2, shape.num_keys)
         elif name in WORKSPACE:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from kernels.tiles import Level
@@ -218,14 +219,14 @@ def _fold_keys(launch: Launch) -> Work:
     )
 
 
-def _pool(launch: Launch) -> Work:
-    """One trip per position of the sub-window."""
+def _pool(launch: Launch, maps: int = 2) -> Work:
+    """One trip per position of the sub-window, which reads a row of each of ``maps``."""
     arguments = launch.arguments
     positions = Fraction(arguments["SUB"] ** 2)
-    tiles = math.ceil(arguments["size"].coarse_cells / arguments["BLOCK"])
+    tiles = math.ceil(arguments["cells"] / arguments["BLOCK"])
     return _copy(
         trips=positions if positions > 1 else None,
-        row_bytes=2 * positions * arguments["BLOCK"] * _row(launch),
+        row_bytes=maps * positions * arguments["BLOCK"] * _row(launch),
         images=Fraction(launch.grid[0], tiles),
     )
 
@@ -249,7 +250,7 @@ RULES: dict[str, Callable[[Launch], Work]] = {
     "fold_queries_kernel": _fold_queries,
     "fold_keys_kernel": _fold_keys,
     "pool_kernel": _pool,
-    "pool_backward_kernel": _pool,
+    "pool_backward_kernel": partial(_pool, maps=4),  # keys, values and their gradients
 }
 
 

@@ -12,10 +12,11 @@ With ``P = softmax(S)``, ``dP = dO vᵀ`` and ``Δ = rowsum(dO · out)``, the gr
   gradient has a part from every key tile.
 * `fold_keys_kernel` and `fold_queries_kernel` (`kernels.fold`) sum these parts per token or cell,
   windows and tiles in ascending order. A coarse level's result is the gradient of its pooled map,
-  which `kernels.pooling` takes to tokens.
+  which `kernels.pooling` adds to those of the tokens.
 
 The workspace holds some images at a time, so that it takes no more memory for a larger batch.
-Layouts as in `kernels.forward`; gradients are contiguous.
+Layouts as in `kernels.forward`; gradients of query, key and value lie side by side, as in a fused
+projection to all three.
 """
 
 import torch
@@ -218,7 +219,7 @@ def launch_backward(
     out: Tensor,
     stats: Tensor,
     problem: Problem,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Run the backward kernels.
 
     Args:
@@ -232,15 +233,16 @@ def launch_backward(
         problem: Sizes and coarse maps of this call.
 
     Returns:
-        Gradients of query, key, value, bias, and of the packed coarse keys and values.
+        Gradients of query, key and value as attended, `[batch, height, width, 3, heads, head_dim]`,
+        of the bias, and of the packed coarse keys and values.
     """
-    grad_query, grad_key, grad_value = (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
-    )
+    fused = (*query.shape[:3], 3, *query.shape[3:])
+    grad_maps = torch.empty(fused, dtype=query.dtype, device=query.device)
+    grad_query, grad_key, grad_value = grad_maps.unbind(3)
     grad_coarse = torch.empty_like(problem.coarse_key), torch.empty_like(problem.coarse_value)
     if query.numel() == 0:
-        return grad_query, grad_key, grad_value, torch.zeros_like(bias), *grad_coarse
-    plan = GradientPlan(problem, query, key, value, grad_out)
+        return grad_maps, torch.zeros_like(bias), grad_coarse
+    plan = GradientPlan(problem, query, key, value, grad_out, grad_query)
     tile, shape = plan.tile, plan.shape
     windows, heads = problem.num_windows, query.shape[3]
     common = {"size": problem.size, "S": shape, "ACC_TYPE": acc_type(query.dtype)}
@@ -267,6 +269,7 @@ def launch_backward(
     )
     query_part, key_part, value_part = plan.workspace(query)
     bias_part = stats.new_zeros(plan.groups, *bias.shape)
+    coarse_rows = [x.unsqueeze(1) for x in grad_coarse]  # maps of one row
     for images in plan.chunks():
         items = len(images) * windows
         for part in plan.levels:
@@ -286,12 +289,12 @@ def launch_backward(
                 BLOCK_M=tile.block_m,
                 **problem.options(tile, part.level.block),
             )
-            grad_k, grad_v = (grad_key, grad_value) if part.level.fine else grad_coarse
+            grads = (grad_key, grad_value) if part.level.fine else coarse_rows
             fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](
                 key_part_ptr=key_part,
                 value_part_ptr=value_part,
-                grad_key_ptr=grad_k,
-                grad_value_ptr=grad_v,
+                grad_key=token_map(grads[0]),
+                grad_value=token_map(grads[1]),
                 first_batch=images.start,
                 count=part.cells,
                 level_start=part.start,
@@ -303,11 +306,11 @@ def launch_backward(
             )
         fold_queries_kernel[(items * plan.query_blocks, heads)](
             part_ptr=query_part,
-            grad_ptr=grad_query,
+            grad=token_map(grad_query),
             first_item=images.start * windows,
             **common,
             NUM_TILES=plan.num_tiles,
             BLOCK_M=tile.block_m,
             num_warps=tile.num_warps,
         )
-    return grad_query, grad_key, grad_value, bias_part.sum(0).to(bias.dtype), *grad_coarse
+    return grad_maps, bias_part.sum(0).to(bias.dtype), grad_coarse

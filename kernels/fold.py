@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 
 from kernels.tiles import (
+    image_ptr,
     locate_fine,
     locate_queries,
     locate_window,
-    packed_ptr,
-    row_offset,
     store_rows,
+    token_offset,
 )
 
 __all__ = ["FOLD_BLOCK", "fold_keys_kernel", "fold_queries_kernel"]
@@ -23,7 +23,7 @@ FOLD_BLOCK = 32  # tokens or cells of a program of `fold_keys_kernel`
 
 @triton.jit(do_not_specialize=["first_item"])
 def fold_queries_kernel(
-    part_ptr, grad_ptr, size, first_item,
+    part_ptr, grad, size, first_item,
     S: tl.constexpr, NUM_TILES: tl.constexpr, BLOCK_M: tl.constexpr, ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Sum the key tiles' parts of ``dq``; grid (items · query blocks, heads)."""
@@ -39,8 +39,8 @@ def fold_queries_kernel(
     for tile in range(NUM_TILES):
         acc += tl.load(rows + tile * (S.m_pad * S.block_d)).to(ACC_TYPE)
     row, col, stored = locate_queries(m, win_row, win_col, size, S)
-    target = packed_ptr(grad_ptr, batch, size.height * size.width, head, size, S)
-    store_rows(target + row_offset(row * size.width + col, size, S), acc * S.scale, stored, S)
+    target = image_ptr(grad, batch, head) + token_offset(grad, row, col, S)
+    store_rows(target, acc * S.scale, stored, S)
 
 
 @triton.jit
@@ -54,14 +54,14 @@ def wrap_window(at, count, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_batch"])
 def fold_keys_kernel(
-    key_part_ptr, value_part_ptr, grad_key_ptr, grad_value_ptr, size, first_batch, count,
-    level_start,
+    key_part_ptr, value_part_ptr, grad_key, grad_value, size, first_batch, count, level_start,
     S: tl.constexpr, L: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     ACC_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Sum the windows' parts of ``dk`` and ``dv``; grid (cell tiles, heads, images).
 
-    ``count`` cells (tokens at level 0) lie on the rolled, padded map of the level.
+    ``count`` cells (tokens at level 0) lie on the rolled, padded map of the level. The gradients of
+    a coarse level are packed maps, which count as maps of one row.
     """
     MARGIN: tl.constexpr = (L.region - L.cells) // 2
     SIDE: tl.constexpr = (L.region + L.cells - 1) // L.cells  # windows along an axis, at most
@@ -97,17 +97,12 @@ def fold_keys_kernel(
             rows = ((place + block) * L.full + y * L.region + x)[:, None] * S.block_d + d
             dk += tl.load(key_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
             dv += tl.load(value_part_ptr + rows, mask=attended[:, None], other=0.0).to(ACC_TYPE)
+    row, col, stored = cell * 0, level_start + cell, cell < count
     if L.fine:
         row, col, _, _ = locate_fine(cell_row, cell_col, size, S)
         # Tokens that are no keys are stored as well: their gradient is zero.
-        stored = (cell < count) & (row < size.height) & (col < size.width)
-        target = row_offset(row * size.width + col, size, S)
-        cells = size.height * size.width
-    else:
-        stored = cell < count
-        target = row_offset(level_start + cell, size, S)
-        cells = size.coarse_cells
-    target_k = packed_ptr(grad_key_ptr, batch, cells, head, size, S) + target
-    target_v = packed_ptr(grad_value_ptr, batch, cells, head, size, S) + target
+        stored = stored & (row < size.height) & (col < size.width)
+    target_k = image_ptr(grad_key, batch, head) + token_offset(grad_key, row, col, S)
+    target_v = image_ptr(grad_value, batch, head) + token_offset(grad_value, row, col, S)
     store_rows(target_k, dk * S.scale, stored, S)
     store_rows(target_v, dv, stored, S)

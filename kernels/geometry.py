@@ -14,6 +14,8 @@ rolled map.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,6 +152,12 @@ class FocalGeometry:
         """Cells along each axis of the padded map, pooled for ``level``."""
         rows, cols = self.num_windows(height, width)
         return rows * self.cells(level), cols * self.cells(level)
+
+    def coarse_starts(self, height: int, width: int) -> list[int]:
+        """First cell of each coarse level in packed maps, and at the end the number of cells."""
+        levels = range(1, len(self.levels))
+        counts = (math.prod(self.map_cells(level, height, width)) for level in levels)
+        return list(itertools.accumulate(counts, initial=0))
 
     # -- indices ------------------------------------------------------------------------------
 

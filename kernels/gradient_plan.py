@@ -38,7 +38,7 @@ class GradientPlan:
 
     Args:
         problem: The call.
-        maps: Query, key, value and the gradient of out.
+        maps: Query, key, value and other maps that the kernels take by their strides.
     """
 
     def __init__(self, problem: Problem, *maps: Tensor) -> None:

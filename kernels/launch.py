@@ -89,6 +89,7 @@ class Cut(NamedTuple):
     tail: tuple[tuple[int, int], ...]
 
 
+@lru_cache(maxsize=1024)
 def cut_with_tail(keys: int, block: int, least: int) -> Cut:
     """Whole tiles, then smaller ones, powers of two from ``least`` up: least padding."""
     start = full = keys // block * block
@@ -101,6 +102,7 @@ def cut_with_tail(keys: int, block: int, least: int) -> Cut:
     return Cut(block, full, tuple(tail))
 
 
+@lru_cache(maxsize=1024)
 def cut_evenly(keys: int, block: int) -> Cut:
     """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
     block = min(block, tile_side(keys))
@@ -129,10 +131,77 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 
 def offsets_fit(*maps: Tensor) -> bool:
     """Whether 32 bits hold every offset inside one image of these maps."""
-    return all(
-        sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-        < 2**31
-        for x in maps
+    return all(_small(x) or _last_offset(x) < 2**31 for x in maps)
+
+
+def _small(x: Tensor) -> bool:
+    """Whether all the memory behind a map is within 32 bits: told sooner than its last offset."""
+    return x.untyped_storage().nbytes() <= 2**31
+
+
+def _last_offset(x: Tensor) -> int:
+    return sum(
+        (size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)
+    )
+
+
+# A model asks for the same few every time, and launching kernels is what a small batch waits for.
+@lru_cache(maxsize=1024)
+def _levels(geometry: FocalGeometry, cuts: tuple[Cut, ...], *, inline: bool) -> tuple[Level, ...]:
+    levels, first, column = [], 0, 0
+    for index, cut in enumerate(cuts):
+        spec = geometry.levels[index]
+        level = Level(
+            fine=index == 0,
+            sub=spec.subwindow_size,
+            cells=geometry.cells(index),
+            region=spec.region_size,
+            first=first,
+            column=column,
+            inline=index > 0 and inline,
+            **cut._asdict(),
+        )
+        levels.append(level)
+        first += spec.region_size**2
+        column += level.width
+    return tuple(levels)
+
+
+@lru_cache(maxsize=1024)
+def _shape(
+    *,
+    geometry: FocalGeometry,
+    levels: tuple[Level, ...],
+    size: Size,
+    head_dim: int,
+    block_m: int,
+    fits: bool,
+    same_strides: bool,
+    precision: str,
+    scale: float,
+    dropout_p: float,
+) -> Shape:
+    image = size.pad_h * size.pad_w * size.num_heads * head_dim
+    return Shape(
+        window=geometry.window_size,
+        levels=levels,
+        num_queries=geometry.num_queries,
+        num_keys=geometry.num_keys,
+        shift=geometry.shift,
+        wrap=geometry.boundary == "wrap",
+        one_period=geometry.margin(0) + geometry.shift <= min(size.pad_h, size.pad_w),
+        even=(size.height, size.width) == (size.pad_h, size.pad_w) == (size.map_h, size.map_w),
+        narrow=fits and image < 2**31,
+        same_strides=same_strides,
+        head_dim=head_dim,
+        block_d=tile_side(head_dim),
+        m_pad=_round_up(geometry.num_queries, block_m),
+        n_pad=levels[-1].column + levels[-1].width,
+        precision=precision,
+        score_factor=scale * LOG2E,
+        scale=scale,
+        drop_threshold=keep_threshold(dropout_p),
+        keep_factor=1.0 / (1.0 - dropout_p),
     )
 
 
@@ -212,50 +281,23 @@ class Problem:
             block_m: Queries of a tile.
             maps: Query, key, value and other maps that the kernels read through strides.
         """
-        geometry, size, head_dim = self.geometry, self.size, self.query_shape[4]
         key, value = maps[1:3]
-        image = size.pad_h * size.pad_w * size.num_heads * head_dim
-        return Shape(
-            window=geometry.window_size,
+        return _shape(
+            geometry=self.geometry,
             levels=levels,
-            num_queries=geometry.num_queries,
-            num_keys=geometry.num_keys,
-            shift=geometry.shift,
-            wrap=geometry.boundary == "wrap",
-            one_period=geometry.margin(0) + geometry.shift <= min(size.pad_h, size.pad_w),
-            even=(size.height, size.width) == (size.pad_h, size.pad_w) == (size.map_h, size.map_w),
-            narrow=offsets_fit(*maps) and image < 2**31,
+            size=self.size,
+            head_dim=self.query_shape[4],
+            block_m=block_m,
+            fits=offsets_fit(*maps),
             same_strides=key.stride()[1:] == value.stride()[1:],
-            head_dim=head_dim,
-            block_d=tile_side(head_dim),
-            m_pad=_round_up(geometry.num_queries, block_m),
-            n_pad=levels[-1].column + levels[-1].width,
             precision=float32_precision(),
-            score_factor=self.scale * LOG2E,
             scale=self.scale,
-            drop_threshold=keep_threshold(self.dropout_p),
-            keep_factor=1.0 / (1.0 - self.dropout_p),
+            dropout_p=self.dropout_p,
         )
 
     def levels(self, cuts: Iterable[Cut]) -> tuple[Level, ...]:
         """Each level's sizes; ``cuts`` says how its keys are cut into tiles."""
-        levels, first, column = [], 0, 0
-        for index, cut in enumerate(cuts):
-            spec, cells = self.geometry.levels[index], self.geometry.cells(index)
-            level = Level(
-                fine=index == 0,
-                sub=spec.subwindow_size,
-                cells=cells,
-                region=spec.region_size,
-                first=first,
-                column=column,
-                inline=index > 0 and bool(self.pools),
-                **cut._asdict(),
-            )
-            levels.append(level)
-            first += spec.region_size**2
-            column += level.width
-        return tuple(levels)
+        return _levels(self.geometry, tuple(cuts), inline=bool(self.pools))
 
     @cached_property
     def num_windows(self) -> int:

@@ -45,44 +45,41 @@ def focal_attention(
     """See `kernels.focal_attention`; arguments are taken as already checked."""
     if scale < SMALLEST_SCALE:  # the kernels divide the bias by it
         query, scale = query * scale, 1.0
+    ready = [n for n, entry in enumerate(pooling, start=1) if isinstance(entry, PooledMap)]
+    tensors = (query, key, value, bias, *_pools(key, pooling), *_ready_maps(query, pooling))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     code = encode_geometry(geometry)
-    settings = (code, scale, list(map_size), dropout_p, dropout_seed)
+    settings = (code, ready, scale, list(map_size), dropout_p, dropout_seed)
+    return _attention(*tensors, *settings, keep)[0]
+
+
+def _pools(key: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the levels that are pooled here, end to end, and their offsets `[levels, ...]`."""
     entries = [entry for entry in pooling if isinstance(entry, Pooling)]
-    if entries and len(entries) == len(pooling):
-        weights, key_offsets, value_offsets = _pool_lists(key, entries)
-        tensors = (query, key, value, bias, *weights, *key_offsets, *value_offsets)
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-            pools = (weights, key_offsets, value_offsets)
-            return _pooling_attention(query, key, value, bias, *pools, *settings)
-    pooled = []
-    for level, entry in enumerate(pooling, start=1):
-        if isinstance(entry, PooledMap):
-            pooled.append((entry.key.flatten(1, 2), entry.value.flatten(1, 2)))
-        else:
-            pooled.append(
-                _pool(key, value, entry.weight, entry.key_offset, entry.value_offset, code, level)
-            )
-    out, _ = _attention(query, key, value, bias, *_packed(query, pooled), *settings)
-    return out
+    weights = [entry.weight.flatten() for entry in entries]
+    none = key.new_empty(0, *key.shape[3:])
+    sides = ([entry.key_offset for entry in entries], [entry.value_offset for entry in entries])
+    missing = any(x is None for side in sides for x in side)
+    zeros = key.new_zeros(1, *key.shape[3:]) if missing else none
+    rows = ([zeros if x is None else x[None] for x in side] for side in sides)
+    key_offsets, value_offsets = (_joined(side, none) for side in rows)
+    return _joined(weights, key.new_empty(0)), key_offsets, value_offsets
 
 
-def _pool_lists(key: Tensor, pooling: Sequence[Pooling]) -> tuple[list[Tensor], ...]:
-    """Weights, key offsets and value offsets of every level; zeros for no offset."""
-    zero = key.new_zeros(key.shape[3:])
-    return (
-        [entry.weight for entry in pooling],
-        [zero if entry.key_offset is None else entry.key_offset for entry in pooling],
-        [zero if entry.value_offset is None else entry.value_offset for entry in pooling],
-    )
+def _joined(parts: list[Tensor], otherwise: Tensor) -> Tensor:
+    """Parts end to end; a single one, as the released models have, without a copy."""
+    if not parts:
+        return torch.zeros_like(otherwise)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _packed(query: Tensor, pooled: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Coarse keys and values of all levels, `[batch, coarse_cells, heads, head_dim]`."""
-    if len(pooled) == 1:
-        return pooled[0][0].contiguous(), pooled[0][1].contiguous()
-    none = _no_cells(query)
-    keys, values = ([maps[side] for maps in pooled] for side in (0, 1))
-    return torch.cat([none, *keys], dim=1), torch.cat([none, *values], dim=1)
+def _ready_maps(query: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor]:
+    """Keys and values of the levels that come pooled, `[batch, cells, heads, head_dim]`."""
+    entries = [entry for entry in pooling if isinstance(entry, PooledMap)]
+    if not entries:
+        return _no_cells(query), _no_cells(query)
+    keys = torch.cat([entry.key.flatten(1, 2) for entry in entries], dim=1)
+    return keys, torch.cat([entry.value.flatten(1, 2) for entry in entries], dim=1)
 
 
 def _no_cells(query: Tensor) -> Tensor:
@@ -120,79 +117,25 @@ def _problem(
     )
 
 
-# -- pooling --------------------------------------------------------------------------------------
+# -- the operator ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("focal::pool", mutates_args=())
-def _pool(
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    key_offset: Tensor | None,
-    value_offset: Tensor | None,
-    geometry_code: Sequence[int],
-    level: int,
-) -> tuple[Tensor, Tensor]:
-    key, value = _rows(key), _rows(value)
-    problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
-    with torch.cuda.device_of(key):
-        return launch_pool(key, value, weight, key_offset, value_offset, problem)
+def _levels_but(ready: Sequence[int], geometry: FocalGeometry) -> list[int]:
+    """The coarse levels that are pooled here."""
+    return [level for level in range(1, len(geometry.levels)) if level not in ready]
 
 
-@_pool.register_fake
-def _(key, value, weight, key_offset, value_offset, geometry_code, level):
-    batch, height, width, heads, head_dim = key.shape
-    rows, cols = decode_geometry(geometry_code).map_cells(level, height, width)
-    shape = (batch, rows * cols, heads, head_dim)
-    return key.new_empty(shape), key.new_empty(shape)
+def _cells(levels: Sequence[int], geometry: FocalGeometry, like: Tensor) -> list[slice]:
+    """Where packed coarse maps hold some levels."""
+    starts = geometry.coarse_starts(*like.shape[1:3])
+    return [slice(starts[level - 1], starts[level]) for level in levels]
 
 
-@torch.library.custom_op("focal::pool_backward", mutates_args=())
-def _pool_backward(
-    grad_key: Tensor,
-    grad_value: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    geometry_code: Sequence[int],
-    level: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    key, value = _rows(key), _rows(value)
-    problem = PoolProblem(decode_geometry(geometry_code), tuple(key.shape), key.dtype, level)
-    grads = grad_key.contiguous(), grad_value.contiguous()
-    with torch.cuda.device_of(key):
-        return launch_pool_backward(*grads, key, value, weight, problem)
-
-
-@_pool_backward.register_fake
-def _(grad_key, grad_value, key, value, weight, geometry_code, level):
-    maps = key.new_empty(key.shape), value.new_empty(value.shape)
-    return (*maps, weight.new_empty(weight.shape))
-
-
-def _setup_pool(ctx, inputs, output) -> None:
-    key, value, weight, key_offset, value_offset, code, level = inputs
-    ctx.save_for_backward(key, value, weight)
-    ctx.settings = (code, level)
-    ctx.offset_dtypes = [None if x is None else x.dtype for x in (key_offset, value_offset)]
-
-
-def _backward_pool(ctx, grad_key, grad_value):
-    d_key, d_value, d_weight = _pool_backward(
-        grad_key, grad_value, *ctx.saved_tensors, *ctx.settings
-    )
-    # An offset is added to every cell of every image.
-    d_offsets = [
-        None if dtype is None else grad.sum(dim=(0, 1), dtype=sum_dtype(grad.dtype)).to(dtype)
-        for grad, dtype in zip((grad_key, grad_value), ctx.offset_dtypes, strict=True)
-    ]
-    return d_key, d_value, d_weight, *d_offsets, None, None
-
-
-_pool.register_autograd(_backward_pool, setup_context=_setup_pool)
-
-
-# -- attention ------------------------------------------------------------------------------------
+def _split_weights(
+    weights: Tensor, levels: Sequence[int], geometry: FocalGeometry
+) -> Sequence[Tensor]:
+    """Each level's part of the weights, which lie end to end."""
+    return weights.split([geometry.levels[level].subwindow_size ** 2 for level in levels])
 
 
 @torch.library.custom_op("focal::attention", mutates_args=())
@@ -201,68 +144,67 @@ def _attention(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
-    coarse_key: Tensor,
-    coarse_value: Tensor,
+    weights: Tensor,
+    key_offsets: Tensor,
+    value_offsets: Tensor,
+    ready_keys: Tensor,
+    ready_values: Tensor,
     geometry_code: Sequence[int],
+    ready: Sequence[int],
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
-    problem = _problem(query, coarse_key, coarse_value, *settings)
-    with torch.cuda.device_of(query):
-        return launch_forward(_rows(query), _rows(key), _rows(value), bias, problem)
-
-
-@torch.library.custom_op("focal::pooling_attention", mutates_args=())
-def _pooling_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    weights: Sequence[Tensor],
-    key_offsets: Sequence[Tensor],
-    value_offsets: Sequence[Tensor],
-    geometry_code: Sequence[int],
-    scale: float,
-    map_size: Sequence[int],
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> Tensor:
-    """Pooling and attention without a gradient, whose backward would want the coarse maps."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what backward needs: statistics and packed coarse maps, empty if not kept."""
     query, key, value = (_rows(x) for x in (query, key, value))
     geometry = decode_geometry(geometry_code)
-    pools = tuple(
-        Pool(*(x.contiguous() for x in level))
-        for level in zip(weights, key_offsets, value_offsets, strict=True)
-    )
+    levels = _levels_but(ready, geometry)
+    parts = zip(_split_weights(weights, levels, geometry), key_offsets, value_offsets, strict=True)
+    pools = tuple(Pool(*(x.contiguous() for x in part)) for part in parts)
+    settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     with torch.cuda.device_of(query):
         # Chosen here and not while tracing: the choice must not tie a graph to a size.
-        if pools_inline(geometry, query.shape):
-            coarse = (_no_cells(query), _no_cells(query))
-        else:
-            pooled = [
-                launch_pool(
-                    key, value, *pool, PoolProblem(geometry, tuple(key.shape), key.dtype, level)
-                )
-                for level, pool in enumerate(pools, start=1)
-            ]
-            coarse, pools = _packed(query, pooled), ()
-        settings = (geometry_code, scale, map_size, dropout_p, dropout_seed, pools)
+        if pools and not ready and not keep and pools_inline(geometry, query.shape):
+            problem = _problem(query, _no_cells(query), _no_cells(query), *settings, pools)
+            out, _ = launch_forward(query, key, value, bias, problem)
+            return out, *_nothing(query)
+        coarse = _new_coarse(query, geometry)
+        for level, pool in zip(levels, pools, strict=True):
+            pooled = PoolProblem(geometry, tuple(key.shape), key.dtype, level)
+            launch_pool(key, value, *pool, coarse, pooled)
+        if ready:
+            places = _cells(ready, geometry, query)
+            sizes = [place.stop - place.start for place in places]
+            for packed, maps in zip(coarse, (ready_keys, ready_values), strict=True):
+                for place, part in zip(places, maps.split(sizes, dim=1), strict=True):
+                    packed[:, place] = part
         problem = _problem(query, coarse[0], coarse[1], *settings)
-        return launch_forward(query, key, value, bias, problem)[0]
+        out, stats = launch_forward(query, key, value, bias, problem)
+        return (out, stats, *coarse) if keep else (out, *_nothing(query))
 
 
-@_pooling_attention.register_fake
-def _(query, *rest):
-    return query.new_empty(query.shape)
+def _new_coarse(query: Tensor, geometry: FocalGeometry) -> tuple[Tensor, Tensor]:
+    """Empty packed maps of coarse keys and values, `[batch, coarse_cells, heads, head_dim]`."""
+    count = geometry.coarse_starts(*query.shape[1:3])[-1]
+    shape = (query.shape[0], count, *query.shape[3:])
+    return query.new_empty(shape), query.new_empty(shape)
+
+
+def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of what is kept for backward."""
+    return query.new_empty(0), query.new_empty(0), query.new_empty(0)
 
 
 @_attention.register_fake
-def _(query, key, value, bias, coarse_key, coarse_value, *settings):
-    problem = _problem(query, coarse_key, coarse_value, *settings)
-    return query.new_empty(query.shape), problem.new_stats(query)
+def _(query, key, value, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, ready, *rest):
+    *settings, keep = rest
+    out = query.new_empty(query.shape)
+    if not keep:
+        return out, *_nothing(query)
+    coarse = _new_coarse(query, decode_geometry(code))
+    return out, _problem(query, *coarse, code, *settings).new_stats(query), *coarse
 
 
 @torch.library.custom_op("focal::attention_backward", mutates_args=())
@@ -272,57 +214,91 @@ def _attention_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
-    coarse_key: Tensor,
-    coarse_value: Tensor,
+    weights: Tensor,
     out: Tensor,
     stats: Tensor,
+    coarse_key: Tensor,
+    coarse_value: Tensor,
     geometry_code: Sequence[int],
+    ready: Sequence[int],
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value side by side, bias, weights and packed coarse maps."""
     settings = (geometry_code, scale, map_size, dropout_p, dropout_seed)
     problem = _problem(query, coarse_key, coarse_value, *settings)
     grad_out, query, key, value = (_rows(x) for x in (grad_out, query, key, value))
     with torch.cuda.device_of(query):
-        return launch_backward(grad_out, query, key, value, bias, out, stats, problem)
+        grad_maps, grad_bias, grad_coarse = launch_backward(
+            grad_out, query, key, value, bias, out, stats, problem
+        )
+        geometry, grads = problem.geometry, (grad_maps[:, :, :, 1], grad_maps[:, :, :, 2])
+        levels = _levels_but(ready, geometry)
+        grad_weights = []
+        split = _split_weights(weights, levels, geometry)
+        for level, weight in zip(levels, split, strict=True):
+            pooled = PoolProblem(geometry, tuple(key.shape), key.dtype, level)
+            grad = launch_pool_backward(key, value, weight, grad_coarse, grads, pooled)
+            grad_weights.append(grad)
+    return grad_maps, grad_bias, _joined(grad_weights, weights), *grad_coarse
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, coarse_key, coarse_value, *rest):
-    inputs = (query, key, value, bias, coarse_key, coarse_value)
-    return tuple(x.new_empty(x.shape) for x in inputs)
+def _(grad_out, query, key, value, bias, weights, out, stats, coarse_key, coarse_value, *settings):
+    grad_maps = query.new_empty(*query.shape[:3], 3, *query.shape[3:])
+    inputs = (bias, weights, coarse_key, coarse_value)
+    return grad_maps, *(x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    *tensors, code, scale, map_size, dropout_p, seed = inputs
-    ctx.save_for_backward(*tensors, *output, seed)
-    ctx.settings = (code, scale, map_size, dropout_p)
-    ctx.mark_non_differentiable(output[1])
+    query, key, value, bias, weights, k_offsets, v_offsets, *_ = inputs
+    *settings, seed, ctx.keep = inputs[9:]
+    ctx.save_for_backward(query, key, value, bias, weights, *output, seed)
+    ctx.settings, ctx.offset_dtypes = settings, (k_offsets.dtype, v_offsets.dtype)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward_attention(ctx, grad_out, _grad_stats):
+def _backward_attention(ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 11
+        return (None,) * 16
+    if not ctx.keep:
+        raise RuntimeError("focal::attention was called with keep=False: it has no gradient")
     *tensors, seed = ctx.saved_tensors
-    return *_attention_backward(grad_out, *tensors, *ctx.settings, seed), *(None,) * 5
+    grad_maps, grad_bias, grad_weights, *grad_coarse = _attention_backward(
+        grad_out, *tensors, *ctx.settings, seed
+    )
+    geometry, ready = decode_geometry(ctx.settings[0]), ctx.settings[1]
+    grad_offsets: list[Tensor | None] = [None, None]
+    grad_ready: list[Tensor | None] = [None, None]
+    if len(ready) < len(geometry.levels) - 1:  # an offset is added to every cell of every image
+        places = _cells(_levels_but(ready, geometry), geometry, grad_out)
+        grad_offsets = [
+            _joined([_sum_cells(grad[:, place]) for place in places], grad).to(dtype)
+            for grad, dtype in zip(grad_coarse, ctx.offset_dtypes, strict=True)
+        ]
+    if ready:
+        places = _cells(ready, geometry, grad_out)
+        grad_ready = [torch.cat([grad[:, x] for x in places], dim=1) for grad in grad_coarse]
+    grads = (*grad_maps.unbind(3), grad_bias, grad_weights, *grad_offsets, *grad_ready)
+    return *grads, *(None,) * 7
+
+
+def _sum_cells(grad: Tensor) -> Tensor:
+    """`[batch, cells, heads, head_dim]` to `[1, heads, head_dim]`."""
+    return grad.sum(dim=(0, 1), dtype=sum_dtype(grad.dtype))[None]
 
 
 _attention.register_autograd(_backward_attention, setup_context=_setup_attention)
 
 
 @register_flop_formula(torch.ops.focal.attention)
-def _(query, key, value, bias, coarse_key, coarse_value, code, *settings, out_shape):
-    return forward_flops(query, code)
-
-
-@register_flop_formula(torch.ops.focal.pooling_attention)
-def _(query, key, value, bias, weights, k_offsets, v_offsets, code, *settings, out_shape):
+def _(query, key, value, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, *_, **__):
     return forward_flops(query, code)
 
 
 @register_flop_formula(torch.ops.focal.attention_backward)
-def _(d_out, query, key, value, bias, coarse_key, coarse_value, out, stats, code, *rest, out_shape):
+def _(d_out, query, key, value, bias, weights, out, stats, c_key, c_value, code, *_, **__):
     return backward_flops(query, code)

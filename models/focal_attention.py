@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kernels import FocalGeometry, PooledMap, Pooling, focal_attention
 from models.bias import FocalBias
-from models.layers import Linear, runs_eagerly_on_cpu
+from models.layers import Linear
 
 __all__ = ["POOLS", "FocalAttention"]
 
@@ -125,7 +125,7 @@ class FocalAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, cols - width, 0, rows - height))
         # [batch, rows, cols, 3, heads, head_dim]; query, key and value are views of it.
         qkv = self.qkv(x).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
-        query, key, value = _Unbind.apply(qkv) if runs_eagerly_on_cpu(x) else qkv.unbind(3)
+        query, key, value = qkv.unbind(3) if torch.compiler.is_compiling() else _Unbind.apply(qkv)
         out = focal_attention(
             query,
             key,

@@ -115,77 +115,92 @@ def test_eager_attention_backward_is_registered_soundly(dtype):
     )
 
 
-@needs_interpreter
-@DTYPES
-@pytest.mark.parametrize("offsets", [True, False])
-def test_pooling_is_registered_soundly(dtype, offsets):
-    case = CASE
-    _, key, value = maps(case, dtype)
-    weight = random(2, 2, dtype=dtype)
-    offset = [random(2, 3, dtype=dtype) if offsets else None for _ in range(2)]
-    code = encode_geometry(case.geometry)
-    torch.library.opcheck(torch.ops.focal.pool.default, (key, value, weight, *offset, code, 1))
+def triton_inputs(case: Case, dtype: torch.dtype, grad: bool = True) -> tuple[torch.Tensor, ...]:
+    """Tensors of the Triton operator, from query to ready-made values."""
+    levels = range(1, len(case.levels))
+    here = [level for level in levels if level not in case.ready]
+    sides = [case.levels[level][0] for level in here]
+    counts = [rows * cols for rows, cols in coarse_cells(case)]
+    cells = sum(counts[level - 1] for level in case.ready)
+    head = (case.heads, case.head_dim)
+    offsets = (random(len(here), *head, dtype=dtype, grad=grad) for _ in range(2))
+    ready = (random(case.batch, cells, *head, dtype=dtype, grad=grad) for _ in range(2))
+    weights = random(sum(side**2 for side in sides), dtype=dtype, grad=grad)
+    return (*maps(case, dtype, grad), bias(case, dtype, grad), weights, *offsets, *ready)
 
 
-@needs_interpreter
-@DTYPES
-def test_pooling_backward_is_registered_soundly(dtype):
-    case = CASE
-    _, key, value = maps(case, dtype, grad=False)
-    rows, cols = coarse_cells(case)[0]
-    grads = [random(1, rows * cols, 2, 3, dtype=dtype, grad=False) for _ in range(2)]
-    weight = random(2, 2, dtype=dtype, grad=False)
-    arguments = (*grads, key, value, weight, encode_geometry(case.geometry), 1)
-    torch.library.opcheck(torch.ops.focal.pool_backward.default, arguments)
+def triton_settings(case: Case, dropout_p: float = 0.0) -> tuple:
+    code, *rest = settings(case, dropout_p)
+    return code, list(case.ready), *rest
 
 
-def packed(case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor]:
-    cells = sum(rows * cols for rows, cols in coarse_cells(case))
-    shape = (case.batch, cells, case.heads, case.head_dim)
-    return [random(*shape, dtype=dtype, grad=grad) for _ in range(2)]
+MIXED = replace(TWO_COARSE, ready=(2,))
 
 
 @needs_interpreter
 @DROPOUT
 def test_triton_attention_is_registered_soundly(dropout_p):
-    arguments = (*maps(SMALL, torch.float64), bias(SMALL, torch.float64))
-    arguments += (*packed(SMALL, torch.float64), *settings(SMALL, dropout_p))
+    arguments = (*triton_inputs(SMALL, torch.float64), *triton_settings(SMALL, dropout_p), True)
     torch.library.opcheck(torch.ops.focal.attention.default, arguments)
 
 
 @needs_interpreter
-def test_triton_attention_of_several_windows_is_registered_soundly():
-    arguments = (*maps(CASE, torch.float32), bias(CASE, torch.float32))
-    arguments += (*packed(CASE, torch.float32), *settings(CASE, 0.0))
+@pytest.mark.parametrize("case", [CASE, TWO_COARSE, MIXED, replace(MIXED, ready=(1, 2))], ids=str)
+def test_triton_attention_of_several_levels_is_registered_soundly(case):
     torch.library.opcheck(
         torch.ops.focal.attention.default,
-        arguments,
+        (*triton_inputs(case, torch.float32), *triton_settings(case), True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
 @needs_interpreter
-def test_attention_that_pools_is_registered_soundly():
-    case = TWO_COARSE
-    tensors = {name: x.detach() for name, x in make_tensors(case).items()}
-    names = ("weight", "key_offset", "value_offset")
-    pools = [[tensors[f"{name}_{level}"] for level in (1, 2)] for name in names]
-    inputs = [tensors[name] for name in ("query", "key", "value", "bias")]
+@pytest.mark.parametrize("case", [TWO_COARSE, MIXED], ids=str)
+def test_triton_attention_that_keeps_nothing_is_registered_soundly(case):
+    inputs = triton_inputs(case, torch.float64, grad=False)
     torch.library.opcheck(
-        torch.ops.focal.pooling_attention.default, (*inputs, *pools, *settings(case, 0.0))
+        torch.ops.focal.attention.default, (*inputs, *triton_settings(case), False)
     )
 
 
 @needs_interpreter
+def test_triton_attention_that_kept_nothing_has_no_gradient():
+    inputs = triton_inputs(SMALL, torch.float64)
+    out, *_ = torch.ops.focal.attention.default(*inputs, *triton_settings(SMALL), False)
+    with pytest.raises(RuntimeError, match="keep=False"):
+        out.sum().backward()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_triton_attention_backward_is_registered_soundly(dtype):
-    case = TWO_COARSE
-    inputs = (*maps(case, dtype, False), bias(case, dtype, False), *packed(case, dtype, False))
-    out, stats = torch.ops.focal.attention.default(*inputs, *settings(case, 0.0))
-    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs, out, stats)
+@pytest.mark.parametrize("case", [TWO_COARSE, MIXED], ids=str)
+def test_triton_attention_backward_is_registered_soundly(case, dtype):
+    inputs = triton_inputs(case, dtype, grad=False)
+    kept = torch.ops.focal.attention.default(*inputs, *triton_settings(case), True)
+    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs[:5], *kept)
     torch.library.opcheck(
-        torch.ops.focal.attention_backward.default, (*arguments, *settings(case, 0.0))
+        torch.ops.focal.attention_backward.default, (*arguments, *triton_settings(case))
     )
+
+
+@needs_interpreter
+def test_gradients_of_a_fused_projection_are_not_copied_together():
+    case = replace(CASE, batch=2)
+    geometry = case.geometry
+    projection = random(*case.shape[:3], 3, *case.shape[3:], dtype=torch.float64)
+    table = bias(case, torch.float64)
+    pooling = [Pooling(random(2, 2, dtype=torch.float64))]
+    out = focal_attention(
+        *projection.unbind(3), table, geometry=geometry, pooling=pooling, backend="triton"
+    )
+    views = out.grad_fn.next_functions[0][0]  # of the three maps
+    grads = []
+    views.register_prehook(lambda found: grads.extend(found[:3]))
+    out.sum().backward()
+    starts = [x.storage_offset() for x in grads]
+    assert len({x.untyped_storage().data_ptr() for x in grads}) == 1
+    step = case.heads * case.head_dim
+    assert [start - starts[0] for start in starts] == [0, step, 2 * step]
 
 
 # -- torch.compile --------------------------------------------------------------------------------

@@ -190,8 +190,8 @@ def test_attention_kernels_told_of_a_larger_map_are_found_to_overrun(monkeypatch
     assert ("delta_kernel", "grad_out", "read out of bounds") in found
     for place in (
         ("forward_kernel", "out_ptr"),
-        ("fold_keys_kernel", "grad_key_ptr"),
-        ("fold_queries_kernel", "grad_ptr"),
+        ("fold_keys_kernel", "grad_key"),
+        ("fold_queries_kernel", "grad"),
     ):
         assert (*place, "write out of bounds") in found
 
@@ -206,7 +206,7 @@ def test_pooling_kernels_told_of_more_cells_are_found_to_overrun(monkeypatch):
     monkeypatch.setattr(pooling.PoolProblem, "common_arguments", too_many)
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
     assert ("pool_kernel", "pooled_k_ptr", "write out of bounds") in found
-    assert ("pool_backward_kernel", "grad_k_ptr", "read out of bounds") in found
+    assert ("pool_backward_kernel", "coarse_grad_k_ptr", "read out of bounds") in found
 
 
 def test_two_heads_that_write_one_place_are_found(monkeypatch):
