@@ -20,6 +20,7 @@ WORKSPACE_BYTES = 2**28
 # Of the gradient launches of a round: four waves of a large GPU. Fewer leave a long last wave, more
 # sum the bias in more parts.
 GRADIENT_PROGRAMS = 1024
+LONGEST_AXIS = 2**16 - 1  # programs along the second and third axis of a grid
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class GradientPlan:
         rows = self.num_tiles * shape.m_pad + 2 * self.query_blocks * widest
         per_window = problem.query_shape[3] * rows * shape.block_d * problem.dtype.itemsize
         fit = WORKSPACE_BYTES // (problem.num_windows * per_window)
-        return max(1, min(fit, problem.query_shape[0]))
+        return max(1, min(fit, problem.query_shape[0], LONGEST_AXIS))
 
     @cached_property
     def groups(self) -> int:

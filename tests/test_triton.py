@@ -112,6 +112,19 @@ def test_gradients_of_a_few_images_at_a_time_are_the_same(images, monkeypatch):
     check(Case("rounds", 2, ((1, 4), (2, 3)), 3, 4, heads=1, batch=3))
 
 
+def test_a_round_of_gradients_fits_the_axes_of_a_grid():
+    geometry = Case("tiny", 2, ((1, 2), (2, 1)), 2, 2, heads=1).geometry
+    query = torch.empty(2**17, 2, 2, 1, 16, device="meta", dtype=torch.float16)
+    coarse = query.new_empty(2**17, 1, 1, 16)
+    settings = (0.25, (2, 2), 0.0, None)
+    problem = launch.Problem(geometry, tuple(query.shape), query.dtype, coarse, coarse, *settings)
+    plan = gradient_plan.GradientPlan(problem, query, query, query, query)
+    sizes = [len(images) for images in plan.chunks()]
+    assert max(sizes) <= 65_535
+    assert sum(sizes) == 2**17
+    assert plan.groups <= 65_535
+
+
 @pytest.mark.parametrize("scale", [1e-9, 0.0, -0.7])
 def test_a_scale_that_the_bias_cannot_be_divided_by(scale):
     check(SMALL, scale=scale)
