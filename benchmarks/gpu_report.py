@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -124,12 +125,24 @@ def run_part(part: Part, seconds: float, folder: Path, variables: Mapping[str, s
         with log.open("w") as file:
             status = _run(command, seconds, file, {**os.environ, "COLUMNS": "160", **variables})
     lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    elapsed, text = time.monotonic() - start, "\n".join(lines)
+    elapsed, text = time.monotonic() - start, without_folders("\n".join(lines))
     shown = shlex.join(["python", *command[1:]])
     result = Result(part.name, shown, status, elapsed, time.time(), text)
     write_json(folder / f"{part.name}-result.json", asdict(result))
     print(f"{part.name}: {status} after {elapsed:.0f} s", flush=True)
     return result
+
+
+def without_folders(text: str, *folders: Path) -> str:
+    """Paths shortened to what means something on another machine.
+
+    Args:
+        text: What a part printed.
+        folders: Left out at the start of paths: by default this checkout and installed packages.
+    """
+    for folder in folders or (ROOT, *map(Path, site.getsitepackages())):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def _run(command: Sequence[str], seconds: float, log: Any, variables: Mapping[str, str]) -> str:
