@@ -9,7 +9,7 @@ accepted, where the released code takes one size alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,7 +79,30 @@ def _opaque_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_opaque_product.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], len(weight)))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _linear_gradients(
+    ctx: Any, grad: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias, as far as they are wanted."""
+    x, weight = ctx.saved_tensors
+    rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
+    return (
+        product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
+        rows.t() @ inputs if ctx.needs_input_grad[1] else None,
+        rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
+    )
+
+
+_opaque_product.register_autograd(
+    partial(_linear_gradients, product=_opaque_product), setup_context=_save_linear
+)
 
 
 def runs_eagerly_on_cpu(x: Tensor) -> bool:
@@ -165,12 +188,11 @@ class Linear(nn.Linear):
         """`[..., in_features]` to `[..., out_features]`."""
         if x.device.type != "cpu" or not _is_exact(x):
             return super().forward(x)
-        compiling = torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return _opaque_product(x, self.weight, self.bias)
         if torch.is_grad_enabled():
-            if compiling:
-                return super().forward(x)
             return _LinearFunction.apply(x, self.weight, self.bias)
-        return (_opaque_product if compiling else _product)(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias)
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -184,15 +206,7 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _product(grad, weight.t(), None)
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, -2).sum(dim=0)
-        return grad_x, grad_weight, grad_bias
+        return _linear_gradients(ctx, grad, _product)
 
 
 class Mlp(nn.Module):
@@ -217,10 +231,16 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to the same shape."""
-        if not runs_eagerly_on_cpu(x) or (self.training and self.drop1.p > 0.0):
+        if x.device.type != "cpu" or (self.training and self.drop1.p > 0.0):
             return self._whole(x)
         direct = _is_exact(x) and _is_plain(self.fc1) and _is_plain(self.fc2)
         tokens = x.flatten(0, -2)
+        if torch.compiler.is_compiling():
+            if not direct:
+                return self._whole(x)
+            tensors = (tokens, *self._weights())
+            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+            return _opaque_mlp(*tensors, keep)[0].view(x.shape)
         if torch.is_grad_enabled():
             if not direct:
                 return self._whole(x)
@@ -251,33 +271,106 @@ class _PartwiseMlp(torch.autograd.Function):
     """``gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂`` for `[tokens, dim]`, some tokens at a time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        size = part_size(len(x), len(weight1))
-        kept = []
-        for part, result in zip(x.split(size), out.split(size), strict=True):
-            kept.append(_product(part, weight1, bias1))
-            result.copy_(_product(F.gelu(kept[-1]), weight2, bias2))
+        size = part_size(len(x), len(weights[0]))
+        kept = list(_mlp_parts(x, weights, out, size))
         ctx.size = size
-        ctx.save_for_backward(x, weight1, weight2, *kept)
+        ctx.save_for_backward(x, weights[0], weights[2], *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight1, weight2, *kept = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        sums: list[Tensor] = []
-        splits = (tensor.split(ctx.size) for tensor in (grad, x, grad_x))
-        for hidden, part_grad, part, part_grad_x in zip(kept, *splits, strict=True):
-            grad_hidden = _product(part_grad, weight2.t(), None)
-            factors = (part_grad, F.gelu(hidden))
-            torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
-            _add_weight_gradients(sums, (grad_hidden, part), factors)
-            part_grad_x.copy_(_product(grad_hidden, weight1.t(), None))
-        return grad_x, *sums
+        return _mlp_gradients(grad, x, weight1, weight2, kept, ctx.size)
+
+
+def _mlp_parts(x: Tensor, weights: Sequence[Tensor], out: Tensor, size: int) -> Iterator[Tensor]:
+    """Fill ``out``, ``size`` tokens at a time; yields the values before the activation."""
+    weight1, bias1, weight2, bias2 = weights
+    for part, result in zip(x.split(size), out.split(size), strict=True):
+        hidden = _product(part, weight1, bias1)
+        result.copy_(_product(F.gelu(hidden), weight2, bias2))
+        yield hidden
+
+
+def _mlp_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    kept: Sequence[Tensor],
+    size: int,
+) -> tuple[Tensor, ...]:
+    """Of input, weights and biases, from what `_mlp_parts` yielded."""
+    grad_x = torch.empty_like(x)
+    sums: list[Tensor] = []
+    splits = (tensor.split(size) for tensor in (grad, x, grad_x))
+    for hidden, part_grad, part, part_grad_x in zip(kept, *splits, strict=True):
+        grad_hidden = _product(part_grad, weight2.t(), None)
+        factors = (part_grad, F.gelu(hidden))
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+        _add_weight_gradients(sums, (grad_hidden, part), factors)
+        part_grad_x.copy_(_product(grad_hidden, weight1.t(), None))
+    return grad_x, *sums
+
+
+@torch.library.custom_op("focal::cpu_mlp", mutates_args=())
+def _opaque_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The MLP in parts, for a compiler; with ``keep`` also the values before the activation."""
+    weights, size = (weight1, bias1, weight2, bias2), part_size(len(x), len(weight1))
+    out, hidden = torch.empty_like(x), x.new_empty(len(x) if keep else 0, len(weight1))
+    if keep:
+        for kept, part in zip(hidden.split(size), _mlp_parts(x, weights, out, size), strict=True):
+            kept.copy_(part)
+    else:
+        for part, result in zip(x.split(size), out.split(size), strict=True):
+            result.copy_(_mlp(weights, part))
+    return out, hidden
+
+
+@_opaque_mlp.register_fake
+def _(x: Tensor, weight1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, keep = rest
+    return torch.empty_like(x), x.new_empty(x.shape[0] if keep else 0, weight1.shape[0])
+
+
+@torch.library.custom_op("focal::cpu_mlp_backward", mutates_args=())
+def _opaque_mlp_backward(
+    grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    size = part_size(len(x), len(weight1))
+    grads = _mlp_gradients(grad, x, weight1, weight2, hidden.split(size), size)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+@_opaque_mlp_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor) -> tuple:
+    biases = (x.new_empty(weight.shape[0]) for weight in (weight1, weight2))
+    weights = (torch.empty_like(weight) for weight in (weight1, weight2))
+    (grad1, grad2), (sum1, sum2) = weights, biases
+    return torch.empty_like(x), grad1, sum1, grad2, sum2
+
+
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight1, _, weight2, _, ctx.keep = inputs
+    ctx.save_for_backward(x, weight1, weight2, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    if not ctx.keep:
+        raise RuntimeError("focal::cpu_mlp was called with keep=False: it has no gradient")
+    return *_opaque_mlp_backward(grad, *ctx.saved_tensors), None
+
+
+_opaque_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
 
 
 def _add_weight_gradients(sums: list[Tensor], *layers: tuple[Tensor, Tensor]) -> None:

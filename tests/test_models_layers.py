@@ -77,12 +77,93 @@ def test_gradients_side_by_side_are_not_copied():
         assert (got.data_ptr() == whole.data_ptr()) == (grads is parts)
 
 
-def test_a_compiled_linear_layer_gives_the_same():
-    layer = layers.Linear(6, 10)
-    x = torch.randn(3, 4, 6)
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same_with_gradients(got, expected, inputs, tolerance=1e-10):
+    gradient = torch.randn_like(expected)
+    grads = (torch.autograd.grad(x, inputs, gradient) for x in (got, expected))
+    for a, b in zip(*((x, *g) for x, g in zip((got, expected), grads, strict=True)), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_compiled_linear_layer_gives_the_same(bias, fresh_compiler):
+    layer = layers.Linear(6, 10, bias=bias)
+    x = torch.randn(3, 4, 6, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = F.linear(x, layer.weight, layer.bias)
+    assert_same_with_gradients(compiled(x), expected, [x, *layer.parameters()], 1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
-    arguments = (x, layer.weight.detach(), layer.bias.detach())
-    torch.library.opcheck(torch.ops.focal.cpu_linear.default, arguments)
-    torch.library.opcheck(torch.ops.focal.cpu_linear.default, (*arguments[:2], None))
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_linear_operator_is_registered_soundly(grad):
+    tensors = [torch.randn(*shape, requires_grad=grad) for shape in ((3, 4, 6), (10, 6), (10,))]
+    torch.library.opcheck(torch.ops.focal.cpu_linear.default, tensors)
+    torch.library.opcheck(torch.ops.focal.cpu_linear.default, (*tensors[:2], None))
+
+
+@pytest.mark.parametrize("tokens", [9, 0])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_mlp_operators_are_registered_soundly(small_parts, tokens, keep):
+    shapes = ((tokens, 6), (10, 6), (10,), (6, 10), (6,))
+    tensors = [torch.randn(*x, dtype=torch.float64, requires_grad=keep) for x in shapes]
+    torch.library.opcheck(torch.ops.focal.cpu_mlp.default, (*tensors, keep))
+    x, weight1, _, weight2, _ = (tensor.detach() for tensor in tensors)
+    arguments = (torch.randn_like(x), x, weight1, weight2, x.new_zeros(tokens, 10).normal_())
+    torch.library.opcheck(torch.ops.focal.cpu_mlp_backward.default, arguments)
+
+
+def test_the_mlp_operator_keeps_nothing_unasked_and_then_has_no_gradient(small_parts):
+    tensors = [torch.randn(*x, requires_grad=True) for x in ((9, 6), (10, 6), (10,), (6, 10), (6,))]
+    out, hidden = torch.ops.focal.cpu_mlp(*tensors, False)
+    assert hidden.numel() == 0
+    with pytest.raises(RuntimeError, match="keep=False"):
+        out.sum().backward()
+
+
+def traced(function, *arguments) -> str:
+    """What a compiled function calls."""
+    graphs = []
+    torch.compile(function, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(
+        *arguments
+    )
+    return " ".join(str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_compiled_mlp_gives_the_same_in_parts(small_parts, dtype, fresh_compiler):
+    mlp = Mlp(6, 10).to(dtype)
+    x = torch.randn(2, 9, 6, dtype=dtype, requires_grad=True)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert_same_with_gradients(compiled(x), plain(mlp, x), [x, *mlp.parameters()], tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(mlp, x), atol=tolerance, rtol=0.0)
+    assert "cpu_mlp" in traced(mlp, x)
+
+
+def test_a_compiled_mlp_serves_other_sizes(small_parts, fresh_compiler):
+    mlp = Mlp(6, 10).double()
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 5):
+        x = torch.randn(2, tokens, 6, dtype=torch.float64, requires_grad=True)
+        assert_same_with_gradients(compiled(x), plain(mlp, x), [x, *mlp.parameters()])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        x = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+        assert_same_with_gradients(compiled(x), plain(mlp, x), [x, *mlp.parameters()])
+
+
+def test_a_compiled_mlp_that_is_no_plain_one_is_compiled_whole(small_parts, fresh_compiler):
+    x = torch.randn(9, 6)
+    dropping, replaced, low = Mlp(6, 10, drop=0.5), Mlp(6, 10), Mlp(6, 10).bfloat16()
+    replaced.fc2 = torch.nn.Sequential(replaced.fc2, torch.nn.Tanh())
+    for mlp in (dropping, replaced, low):
+        assert "cpu_mlp" not in traced(mlp, x.to(mlp.fc1.weight.dtype))
+    assert "cpu_mlp" in traced(dropping.eval(), x)
