@@ -186,8 +186,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if x.device.type != "cpu" or not _is_exact(x):
-            return super().forward(x)
+        if x.device.type != "cpu" or not _is_exact(x) or torch.compiler.is_exporting():
+            return super().forward(x)  # an exported graph has operators that others know
         if torch.compiler.is_compiling():
             return _opaque_product(x, self.weight, self.bias)
         if torch.is_grad_enabled():
@@ -231,7 +231,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to the same shape."""
-        if x.device.type != "cpu" or (self.training and self.drop1.p > 0.0):
+        drops = self.training and self.drop1.p > 0.0
+        if x.device.type != "cpu" or torch.compiler.is_exporting() or drops:
             return self._whole(x)
         direct = _is_exact(x) and _is_plain(self.fc1) and _is_plain(self.fc2)
         tokens = x.flatten(0, -2)
