@@ -330,8 +330,8 @@ class Problem:
 
 
 # Thread-instructions that pooling in the attention kernel spends on a token, and those that a large
-# GPU executes while a launch is on its way (3 µs); both from instruction counts. An H200 agrees with
-# what follows from them (docs/performance.md).
+# GPU executes while a launch is on its way (3 µs); both from instruction counts. What follows from
+# them was measured (docs/decisions.md).
 INLINE_INSTRUCTIONS = 400
 LAUNCH_INSTRUCTIONS = 9e7
 LARGEST_INLINE_REGION = 32  # cells: a level pooled in the kernel is a single small tile
