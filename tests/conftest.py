@@ -21,6 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # One worker per core shares the machine with others; more threads each would only contend.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    # The first backward starts a thread for every device, the one that fake tensors pretend to have
+    # included, and after that no forked process can compute gradients: let it come before them.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
