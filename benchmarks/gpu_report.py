@@ -133,14 +133,9 @@ def run_part(part: Part, seconds: float, folder: Path, variables: Mapping[str, s
     return result
 
 
-def without_folders(text: str, *folders: Path) -> str:
-    """Paths shortened to what means something on another machine.
-
-    Args:
-        text: What a part printed.
-        folders: Left out at the start of paths: by default this checkout and installed packages.
-    """
-    for folder in folders or (ROOT, *map(Path, site.getsitepackages())):
+def without_folders(text: str) -> str:
+    """Paths of this checkout and of installed packages, without what is this machine's alone."""
+    for folder in (ROOT, *site.getsitepackages()):
         text = text.replace(f"{folder}/", "")
     return text
 

@@ -42,15 +42,13 @@ HARD = [
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
-# The hardware's exponential is good to two units of float32's last place, the library's to one.
-LIMITS = {torch.float32: 3.0, torch.float16: 2.0, torch.bfloat16: 2.0}
 TF32_LOSES = 2**13  # bits of a number: 10 of float32's 23 are left
 
 
 @DTYPES
 @pytest.mark.parametrize("case", RELEASED + HARD, ids=str)
-def test_error_is_at_most_a_few_times_the_plain_one(case, dtype):
-    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2), LIMITS[dtype])
+def test_error_is_at_most_twice_the_plain_one(case, dtype):
+    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2))
 
 
 def test_arguments_that_are_all_1_give_the_same():

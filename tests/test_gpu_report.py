@@ -54,3 +54,11 @@ def test_without_a_gpu_the_report_says_so_in_one_line():
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.startswith("no GPU found; `make bench-gpu-check`")
+
+
+def test_a_part_names_no_folder_of_this_machine(tmp_path):
+    code = "import torch; raise SystemExit(f'{torch.__file__} {__import__(\"os\").getcwd()}/x.py')"
+    (tmp_path / "noisy.py").write_text(code)
+    part = gpu_report.Part("noisy", ("noisy",))
+    result = gpu_report.run_part(part, 60.0, tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert result.output == "torch/__init__.py x.py"
