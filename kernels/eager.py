@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
-from kernels.eager_gather import Gathered, Scratch
+from kernels.eager_gather import Gathered, Workspace, Workspaces
 from kernels.eager_plan import Band, Plan, make_plan
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
@@ -109,24 +109,7 @@ class _Step:
 
     band: Band
     images: slice  # of those loaded
-    heads: int
-    query: Tensor  # [products, queries, dim]
-    key_value: Tensor  # [2, products, keys, dim]
-
-    @property
-    def key(self) -> Tensor:
-        """`[products, keys, dim]`."""
-        return self.key_value[0]
-
-    @property
-    def value(self) -> Tensor:
-        """`[products, keys, dim]`."""
-        return self.key_value[1]
-
-    @property
-    def score_shape(self) -> tuple[int, int, int]:
-        """`[products, queries, keys]`."""
-        return *self.query.shape[:2], self.key.shape[1]
+    work: Workspace
 
     def weights(self, biases: BandBias, scale: float, out: Tensor) -> Tensor:
         """Attention weights before dropout, into ``out``; zeros without any key.
@@ -136,12 +119,12 @@ class _Step:
             scale: Factor of the products.
             out: `[products, queries, keys]`.
         """
-        bias, no_key = biases.of(self.band)
-        out.unflatten(0, (-1, len(bias))).copy_(bias)
-        out.baddbmm_(self.query, self.key.mT, alpha=scale)
+        bias, no_key = biases.of(self.band, self.images.stop - self.images.start)
+        query, key = self.work.query.sides[0], self.work.key_value.transposed[0]
+        torch.baddbmm(bias, query, key, alpha=scale, out=out)
         torch.softmax(out, dim=-1, out=out)
         if no_key is not None:
-            out.unflatten(0, (-1, len(bias))).masked_fill_(no_key, 0.0)
+            out.masked_fill_(no_key, 0.0)
         return out
 
 
@@ -150,19 +133,19 @@ class _Reader:
 
     def __init__(self, plan: Plan, query: Tensor, key_values: Sequence[Tensor]) -> None:
         self._plan = plan
-        self._heads = query.shape[3]
         self._queries = Gathered([query[None]], [plan.queries], plan.loaded)
         self._keys = Gathered([key_values[i] for i in plan.order], plan.levels, plan.loaded)
+        self._workspaces = Workspaces(plan, query)
 
-    def steps(self, loaded: slice, scratch: Scratch) -> Iterator[_Step]:
+    def steps(self, loaded: slice) -> Iterator[_Step]:
         """Gather these images of the batch, band by band; each step overwrites the one before."""
         self._queries.load(loaded)
         self._keys.load(loaded)
         for band, images in self._plan.steps(loaded):
-            query = self._queries.read(band, images, scratch, "query")[0]
-            columns = self._plan.keys.num_columns
-            key_value = self._keys.read(band, images, scratch, "key and value", columns)
-            yield _Step(band, images, self._heads, query, key_value)
+            work = self._workspaces.of(band, images)
+            self._queries.read(band, images, work.query)
+            self._keys.read(band, images, work.key_value)
+            yield _Step(band, images, work)
 
 
 @dataclass(frozen=True)
@@ -172,6 +155,7 @@ class _Dropout:
     probability: float
     seed: Tensor
     plan: Plan
+    num_heads: int
 
     def factor(self, step: _Step, loaded: slice, weight: Tensor) -> Tensor:
         """0 or ``1 / (1 − p)`` for each of a step's weights; 1 for padding, whose weight is 0."""
@@ -179,7 +163,7 @@ class _Dropout:
         images = torch.arange(start, stop, device=weight.device)
         win_rows, win_cols = self.plan.queries.count
         window = step.band.window_numbers(win_cols, weight.device)
-        row = row_index(images, window, win_rows * win_cols, step.heads).flatten()
+        row = row_index(images, window, win_rows * win_cols, self.num_heads).flatten()
         num_keys = self.plan.keys.num_keys
         kept = keep_mask(self.seed, self.probability, row, weight.shape[1], num_keys)
         factor = torch.ones_like(weight)
@@ -222,23 +206,22 @@ def _attention(
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values)
     biases = BandBias(plan, bias.to(query.dtype))
-    dropout = _dropout(dropout_p, dropout_seed, plan)
+    dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     kept: list[Tensor] = []
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
-    scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
         out_windows.start_sum(loaded)
-        for step in inputs.steps(loaded, scratch):
+        for step in inputs.steps(loaded):
+            work = step.work
             if keep:
-                kept.append(query.new_empty(step.score_shape))
-            scores = kept[-1] if keep else scratch("weights", *step.score_shape)
-            weight = step.weights(biases, scale, scores)
+                kept.append(query.new_empty(work.score_shape))
+            weight = step.weights(biases, scale, kept[-1] if keep else work.weights)
             if dropout is not None:
                 weight = weight * dropout.factor(step, loaded, weight)
             # The queries are not needed any more: their memory takes the result.
-            attended = torch.bmm(weight, step.value, out=step.query)
-            out_windows.add(step.band, step.images, attended[None])
+            torch.bmm(weight, work.key_value.sides[1], out=work.query.sides[0])
+            out_windows.add(step.band, step.images, work.query)
         out_windows.finish_sum(loaded)
     return out[0], kept
 
@@ -252,8 +235,12 @@ def _plan(
     return _bands(geometry, (height, width), real, heads, query.device, dropout_p == 0.0)
 
 
-def _dropout(probability: float, seed: Tensor | None, plan: Plan) -> _Dropout | None:
-    return None if seed is None or probability == 0.0 else _Dropout(probability, seed, plan)
+def _dropout(
+    probability: float, seed: Tensor | None, plan: Plan, num_heads: int
+) -> _Dropout | None:
+    if seed is None or probability == 0.0:
+        return None
+    return _Dropout(probability, seed, plan, num_heads)
 
 
 def _sides(
@@ -320,7 +307,7 @@ def _attention_backward(
     inputs = _Reader(plan, query, key_values)
     biases = None if kept else BandBias(plan, bias.to(query.dtype))
     kept_weights = iter(kept)
-    dropout = _dropout(dropout_p, dropout_seed, plan)
+    dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 
     low_precision = query.dtype in (torch.float16, torch.bfloat16)
@@ -333,19 +320,21 @@ def _attention_backward(
     query_sums = Gathered([sides[:1]], [plan.queries], plan.loaded)
     key_value_sums = Gathered([grad_key_values[i] for i in plan.order], plan.levels, plan.loaded)
 
-    scratch = Scratch(query)
     for loaded in plan.loads(len(query)):
         gradients.load(loaded)
         query_sums.start_sum(loaded)
         key_value_sums.start_sum(loaded)
-        for step in inputs.steps(loaded, scratch):
-            where = step.band, step.images
-            d_out = gradients.read(*where, scratch, "gradient")[0]
+        for step in inputs.steps(loaded):
+            where, work = (step.band, step.images), step.work
+            gradients.read(*where, work.grad_out)
+            (d_out,), (query_part,), (key_part, value_part) = (
+                packed.sides for packed in (work.grad_out, work.query, work.key_value)
+            )
             if biases is None:
                 weight = next(kept_weights)
             else:
-                weight = step.weights(biases, scale, scratch("weights", *step.score_shape))
-            d_weight = torch.bmm(d_out, step.value.mT, out=scratch("d_weight", *weight.shape))
+                weight = step.weights(biases, scale, work.weights)
+            d_weight = torch.bmm(d_out, work.key_value.transposed[1], out=work.grad_weights)
             dropped = weight
             if dropout is not None:
                 factor = dropout.factor(step, loaded, weight)
@@ -353,15 +342,16 @@ def _attention_backward(
                 dropped = weight * factor
             # The gathered values are not needed any more, nor are queries and keys further down:
             # their memory, still in the cache, takes the gradients.
-            torch.bmm(dropped.mT, d_out, out=step.value)
+            torch.bmm(dropped.mT, d_out, out=value_part)
             # Δ comes from the weights, not from the output, which is rounded: gradients of scores
             # sum to zero over the keys.
-            d_score = torch.ops.aten._softmax_backward_data.out(
+            d_score = torch._softmax_backward_data(
                 d_weight, weight, -1, weight.dtype, grad_input=d_weight
             )
-            query_sums.add(*where, _scaled_product(d_score, step.key, scale, out=d_out)[None])
-            _scaled_product(d_score.mT, step.query, scale, out=step.key)
-            key_value_sums.add(*where, step.key_value)
+            _scaled_product(d_score, key_part, scale, out=d_out)
+            query_sums.add(*where, work.grad_out)
+            _scaled_product(d_score.mT, query_part, scale, out=key_part)
+            key_value_sums.add(*where, work.key_value)
             grad_bias.add(step.band, d_score)
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)

@@ -23,18 +23,21 @@ class BandBias:
         self._bias = bias
         # A bias of -inf excludes a pair as well, and may leave a query without any key.
         self._excludes = bool(torch.isneginf(bias).any())
-        self._dense: dict[tuple[int, int, int], tuple[Tensor, Tensor | None]] = {}
+        self._dense: dict[tuple[int, int, int, int], tuple[Tensor, Tensor | None]] = {}
 
-    def of(self, band: Band) -> tuple[Tensor, Tensor | None]:
-        """The bias, and which queries have no key, if any.
+    def of(self, band: Band, images: int) -> tuple[Tensor, Tensor | None]:
+        """The bias of so many images, and which queries have no key, if any.
 
         Returns:
-            `[windows · heads, queries, columns]`, -inf where there is no key; shared by the images.
-            And bool `[windows · heads, queries, 1]`, or None.
+            `[images · windows · heads, queries, columns]`, -inf where there is no key. And bool
+            `[images · windows · heads, queries, 1]`, or None.
         """
-        kind = band.num_windows, id(band.mask), id(band.pairs)  # inner bands share one
+        # Inner bands share one.
+        kind = images, band.num_windows, id(band.mask), id(band.pairs)
         if kind not in self._dense:
             bias = self._make(band).flatten(0, 1)
+            if images > 1:
+                bias = bias.repeat(images, 1, 1)
             look = self._excludes or band.no_key
             self._dense[kind] = bias, torch.isneginf(bias).all(-1, keepdim=True) if look else None
         return self._dense[kind]

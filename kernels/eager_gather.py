@@ -1,32 +1,151 @@
-"""How the eager backend reads the windows of maps into products, and adds gradients back."""
+"""How the eager backend reads the windows of maps into products, and adds gradients back.
+
+A step does little enough that the views it takes would count: those into memory that steps share
+are cut once for all steps that are alike, and those into maps are one `as_strided` each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 from torch import Tensor
 
-from kernels.eager_plan import Band
-from kernels.eager_windows import Patches
+from kernels.eager_plan import Band, Plan
+from kernels.eager_windows import Patches, Windows
 
-__all__ = ["Gathered", "Scratch"]
+__all__ = ["Gathered", "Packed", "Workspace", "Workspaces"]
 
 
-class Scratch:
-    """Tensors that steps use again and again: fresh memory costs a page fault per 4 KiB."""
+class Packed:
+    """The tokens of a step's windows as products take them, the levels one after another.
 
-    def __init__(self, like: Tensor) -> None:
+    Args:
+        tokens: `[sides, images, win_rows, win_cols, heads, size, dim]`, contiguous.
+        patches: The levels. What they leave of ``size`` is padding.
+
+    Attributes:
+        tokens: `[sides, images · windows · heads, size, dim]`.
+        sides: Each of them, `[images · windows · heads, size, dim]`.
+        transposed: `[images · windows · heads, dim, size]`.
+        squares: Of each level, `[sides, images, win_rows, win_cols, heads, rows, cols, dim]`.
+        padding: `[sides, images, win_rows, win_cols, heads, padding, dim]`, or None.
+    """
+
+    def __init__(self, tokens: Tensor, patches: Sequence[Patches]) -> None:
+        self._patches = patches
+        self.tokens = tokens.flatten(1, 4)
+        self.sides = self.tokens.unbind(0)
+        self.transposed = [side.mT for side in self.sides]
+        ends = list(accumulate(patch.size for patch in patches))
+        self.squares = [
+            tokens[..., end - patch.size : end, :].unflatten(-2, patch.square)
+            for patch, end in zip(patches, ends, strict=True)
+        ]
+        self.padding = tokens[..., ends[-1] :, :] if ends[-1] < tokens.shape[-2] else None
+
+    @cached_property
+    def apart(self) -> list[list[tuple[slice, slice, Tensor]]]:
+        """Of each level, the squares in parts that do not overlap, with their rows and columns."""
+        return [
+            [
+                (rows, cols, squares[:, :, rows, cols])
+                for rows, cols in patch.apart(*squares.shape[2:4])
+            ]
+            for patch, squares in zip(self._patches, self.squares, strict=True)
+        ]
+
+
+class Workspace:
+    """Memory of steps that are alike; each overwrites what the one before left.
+
+    Args:
+        plan: Windows.
+        like: `[batch, height, width, heads, dim]`.
+        flat: Memory by name, which workspaces share; filled here.
+        images: In a step.
+        band_shape: Rows and columns of windows in a step.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        like: Tensor,
+        flat: dict[str, Tensor],
+        images: int,
+        band_shape: tuple[int, int],
+    ) -> None:
+        self._plan = plan
+        self._like = like
+        self._flat = flat
+        self._products = (images, *band_shape, like.shape[3])
+        queries = plan.queries.size
+        self.score_shape = (prod(self._products), queries, plan.keys.num_columns)
+
+    @cached_property
+    def query(self) -> Packed:
+        """One side; `[products, queries, dim]`."""
+        return self._packed("query", 1, [self._plan.queries])
+
+    @cached_property
+    def grad_out(self) -> Packed:
+        """Like `query`."""
+        return self._packed("gradient of the output", 1, [self._plan.queries])
+
+    @cached_property
+    def key_value(self) -> Packed:
+        """Two sides; `[products, columns, dim]`."""
+        columns = self._plan.keys.num_columns
+        return self._packed("key and value", 2, self._plan.levels, columns)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """`[products, queries, columns]`."""
+        return self._tensor("weights", self.score_shape)
+
+    @cached_property
+    def grad_weights(self) -> Tensor:
+        """`[products, queries, columns]`."""
+        return self._tensor("gradient of the weights", self.score_shape)
+
+    def _packed(
+        self, name: str, sides: int, patches: Sequence[Patches], size: int | None = None
+    ) -> Packed:
+        size = patches[0].size if size is None else size
+        shape = (sides, *self._products, size, self._like.shape[4])
+        return Packed(self._tensor(name, shape), patches)
+
+    def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        # Fresh memory costs a page fault per 4 KiB.
+        size = prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = self._like.new_empty(size)
+        return self._flat[name][:size].view(shape)
+
+
+class Workspaces:
+    """A workspace for each kind of step.
+
+    Args:
+        plan: Windows.
+        like: `[batch, height, width, heads, dim]`.
+    """
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        self._plan = plan
         self._like = like
         self._flat: dict[str, Tensor] = {}
+        self._found: dict[tuple[int, int, int], Workspace] = {}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor; what an earlier one of that name held is lost."""
-        size = prod(shape)
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name] = self._like.new_empty(size)
-        return flat[:size].view(shape)
+    def of(self, band: Band, images: slice) -> Workspace:
+        """Steps of as many images and windows have the same."""
+        count = images.stop - images.start
+        kind = count, *band.shape
+        if kind not in self._found:
+            self._found[kind] = Workspace(self._plan, self._like, self._flat, count, band.shape)
+        return self._found[kind]
 
 
 class Gathered:
@@ -44,40 +163,28 @@ class Gathered:
             (x, patch, None if patch.is_view else patch.new_unrolled(x, images))
             for x, patch in zip(maps, patches, strict=True)
         ]
-        self._sizes = [patch.size for patch in patches]
-        self._windows: list[Tensor] = []
+        self._windows: list[Windows] = []
 
     def load(self, images: slice) -> None:
         """Take up images to be read."""
         self._windows = []
         for source, patch, buffer in self._levels:
             part = None if buffer is None else buffer[:, : images.stop - images.start]
-            self._windows.append(patch.windows(patch.unroll(source[:, images], part)))
+            self._windows.append(Windows(patch.unroll(source[:, images], part), patch))
 
-    def read(
-        self, band: Band, images: slice, out: Scratch, name: str, size: int | None = None
-    ) -> Tensor:
-        """`[sides, images · windows · heads, size, dim]`, the levels one after another, then zeros.
+    def read(self, band: Band, images: slice, into: Packed) -> Packed:
+        """Fill ``into``, its padding with zeros.
 
         Args:
             band: Windows.
             images: Which of those that were taken up.
-            out: Where the memory comes from.
-            name: Its name there.
-            size: Tokens of a window; None for no more than there are.
+            into: As many images and windows.
         """
-        windows = [band.of(x[:, images]) for x in self._windows]
-        *outer, _, _, dim = windows[0].shape
-        count = sum(self._sizes)
-        gathered = out(name, *outer, count if size is None else size, dim)
-        start = 0
-        for squares, tokens in zip(windows, self._sizes, strict=True):
-            part = gathered.narrow(-2, start, tokens)
-            part.unflatten(-2, squares.shape[-3:-1]).copy_(squares)
-            start += tokens
-        if size is not None and size > count:
-            gathered[..., count:, :].zero_()
-        return gathered.flatten(1, 4)
+        for windows, squares in zip(self._windows, into.squares, strict=True):
+            squares.copy_(windows.of(images, band.rows, band.cols))
+        if into.padding is not None:
+            into.padding.zero_()
+        return into
 
     def start_sum(self, images: slice) -> None:
         """Take up images to be added to; what the maps hold there is lost."""
@@ -89,17 +196,23 @@ class Gathered:
                 unrolled = buffer[:, : images.stop - images.start]
             if patch.overlap:  # otherwise each place is stored, not added to
                 unrolled.zero_()
-            self._windows.append(patch.windows(unrolled))
+            self._windows.append(Windows(unrolled, patch))
 
-    def add(self, band: Band, images: slice, tokens: Tensor) -> None:
-        """Add `[sides, images · windows · heads, tokens, dim]`: the transpose of `read`."""
-        windows = [band.of(x[:, images]) for x in self._windows]
-        parts = tokens.unflatten(1, windows[0].shape[1:5])
-        start = 0
-        for (_, patch, _), view in zip(self._levels, windows, strict=True):
-            part = parts.narrow(-2, start, patch.size)
-            patch.add_windows(part.unflatten(-2, patch.square), view)
-            start += patch.size
+    def add(self, band: Band, images: slice, packed: Packed) -> None:
+        """Add the windows: the transpose of `read`."""
+        rows, cols = band.rows, band.cols
+        for level, ((_, patch, _), windows) in enumerate(
+            zip(self._levels, self._windows, strict=True)
+        ):
+            squares = packed.squares[level]
+            if not patch.overlap:
+                windows.of(images, rows, cols).copy_(squares)
+            elif patch.shared:
+                total = squares.sum(dim=(2, 3), keepdim=True, dtype=self._levels[level][0].dtype)
+                windows.of(images, rows[:1], cols[:1]).add_(total)
+            else:
+                for some_rows, some_cols, part in packed.apart[level]:
+                    windows.of(images, rows[some_rows], cols[some_cols]).add_(part)
 
     def finish_sum(self, images: slice) -> None:
         """Put the sums of these images into the maps."""

@@ -37,8 +37,8 @@ _KEY_UNIT = 8
 class Band:
     """A rectangle of windows, and which of its keys take no part."""
 
-    rows: slice
-    cols: slice
+    rows: range
+    cols: range
     mask: Tensor | None  # float32 0 or -inf, broadcasts to [windows, 1, queries, windowed keys]
     pairs: SharedPairs | None  # of keys that windows share
     no_key: bool  # whether a query is left without any key
@@ -46,21 +46,16 @@ class Band:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of windows."""
-        return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        return len(self.rows), len(self.cols)
 
     @property
     def num_windows(self) -> int:
         """How many."""
         return self.shape[0] * self.shape[1]
 
-    def of(self, windows: Tensor) -> Tensor:
-        """This band's part of `[sides, images, win_rows, win_cols, ...]`."""
-        return windows[:, :, self.rows, self.cols]
-
     def window_numbers(self, win_cols: int, device: torch.device) -> Tensor:
         """int64: the number of each window in a map that is ``win_cols`` windows wide."""
-        row = torch.arange(self.rows.start, self.rows.stop, device=device)
-        col = torch.arange(self.cols.start, self.cols.stop, device=device)
+        row, col = (torch.tensor(side, device=device) for side in (self.rows, self.cols))
         return (row[:, None] * win_cols + col).flatten()
 
 
@@ -177,7 +172,7 @@ def make_plan(
     bands: list[Band] = []
     for rows in _split(count[0], max(1, fit // count[1])):
         for cols in _split(count[1], fit):
-            numbers = torch.arange(prod(count)).view(count)[rows, cols].flatten()
+            numbers = (torch.tensor(rows)[:, None] * count[1] + torch.tensor(cols)).flatten()
             if whole:  # the only window stands for all of them
                 numbers = torch.arange(len(keys))
             hidden = excluded[numbers]
@@ -229,8 +224,8 @@ def _mask(excluded: Tensor, device: torch.device, earlier: list[Band]) -> Tensor
     return mask
 
 
-def _split(count: int, largest: int) -> list[slice]:
-    """Near-equal slices of ``range(count)``, none longer than ``largest``."""
+def _split(count: int, largest: int) -> list[range]:
+    """Near-equal parts of ``range(count)``, none longer than ``largest``."""
     parts = -(-count // largest)
     ends = [count * part // parts for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in pairwise(ends)]
+    return [range(start, stop) for start, stop in pairwise(ends)]

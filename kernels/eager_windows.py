@@ -18,9 +18,8 @@ from torch import Tensor
 
 from kernels.geometry import FocalGeometry
 
-__all__ = ["Patches", "key_windows", "query_windows", "whole_map"]
+__all__ = ["Patches", "Windows", "key_windows", "query_windows", "whole_map"]
 
-_WHOLE = (slice(None),) * 4
 _Runs = tuple[tuple[int, int, int], ...]  # (start when unrolled, start in the source, length)
 
 
@@ -96,30 +95,48 @@ class Patches:
                 place = slice(place_row, place_row + height), slice(place_col, place_col + width)
                 yield _at(source, (slice(row, row + height), slice(col, col + width))), place
 
-    def windows(self, unrolled: Tensor) -> Tensor:
-        """Overlapping view `[sides, images, win_rows, win_cols, heads, rows, cols, dim]`."""
-        sides, images, heads, _, _, dim = unrolled.shape
-        side, image, head, row, col, channel = unrolled.stride()
-        return unrolled.as_strided(
-            (sides, images, *self.count, heads, *self.square, dim),
-            (side, image, row * self.steps[0], col * self.steps[1], head, row, col, channel),
-        )
-
-    def add_windows(self, squares: Tensor, windows: Tensor) -> None:
-        """Add squares to the view that `windows` gives, or store them where none overlap."""
-        if not self.overlap:
-            windows.copy_(squares)
+    def apart(self, rows: int, cols: int) -> Iterator[tuple[slice, slice]]:
+        """Parts of ``rows × cols`` windows that do not overlap, unless all take the whole map."""
+        if self.steps == (0, 0):
             return
-        if self.shared:
-            windows[:, :, 0, 0].add_(squares.sum(dim=(2, 3), dtype=windows.dtype))
-            return
-        # Windows `passes` apart do not overlap, so each of these sums writes a place once.
+        # Windows so many apart share nothing.
         passes = [-(-side // step) for side, step in zip(self.square, self.steps, strict=True)]
-        for row in range(min(passes[0], windows.shape[2])):
-            for col in range(min(passes[1], windows.shape[3])):
-                apart = slice(row, None, passes[0]), slice(col, None, passes[1])
-                where = (..., *apart, *_WHOLE)
-                windows[where].add_(squares[where])
+        for row in range(min(passes[0], rows)):
+            for col in range(min(passes[1], cols)):
+                yield slice(row, None, passes[0]), slice(col, None, passes[1])
+
+
+class Windows:
+    """An unrolled map, seen window by window.
+
+    Each view is one `as_strided`: slices, one after another, would take longer than the small
+    copies that they are for.
+
+    Args:
+        unrolled: `[sides, images, heads, num_rows, num_cols, dim]`.
+        patches: How it was unrolled.
+    """
+
+    def __init__(self, unrolled: Tensor, patches: Patches) -> None:
+        sides, _, heads, _, _, dim = unrolled.shape
+        side, image, head, row, col, channel = unrolled.stride()
+        self._map = unrolled
+        self._sides = sides
+        self._window = (heads, *patches.square, dim)
+        self._starts = (image, row * patches.steps[0], col * patches.steps[1])
+        self._strides = side, (head, row, col, channel)
+        self._offset = unrolled.storage_offset()
+
+    def of(self, images: slice, rows: range, cols: range) -> Tensor:
+        """View `[sides, images, win_rows, win_cols, heads, rows, cols, dim]`; it may overlap."""
+        image, row, col = self._starts
+        side, window = self._strides
+        start = images.start * image + rows.start * row + cols.start * col
+        return self._map.as_strided(
+            (self._sides, images.stop - images.start, len(rows), len(cols), *self._window),
+            (side, image, row * rows.step, col * cols.step, *window),
+            self._offset + start,
+        )
 
 
 def _at(x: Tensor, place: tuple[slice, slice]) -> Tensor:
