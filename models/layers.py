@@ -9,7 +9,7 @@ accepted, where the released code takes one size alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,17 +50,14 @@ def part_size(rows: int, width: int, *, unit: int = 1, size: int = PART_SIZE) ->
     return max(-(-rows // (count * unit)) * unit, unit) if rows else unit
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """``x Wᵀ + b`` or its GELU, without a gradient; ``weight`` may be transposed.
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + b``, without a gradient; ``weight`` may be transposed.
 
     `torch.nn.functional.linear` takes oneDNN for 16-bit tensors and the BLAS for float32, where
     oneDNN is 5 to 10 % faster at the shapes of these models.
     """
     if _ONEDNN_LINEAR is None or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        product = F.linear(x, weight, bias)
-        return F.gelu(product) if gelu else product
-    if gelu:
-        return _ONEDNN_LINEAR(x, weight, bias, "gelu", [], "none")
+        return F.linear(x, weight, bias)
     return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
 
 
@@ -246,20 +243,16 @@ class Mlp(nn.Module):
             if not direct:
                 return self._whole(x)
             return _PartwiseMlp.apply(tokens, *self._weights()).view(x.shape)
-        parts = tokens.split(part_size(len(tokens), self.fc1.out_features))
-        function = partial(_mlp, self._weights()) if direct else self._whole
-        return torch.cat([function(part) for part in parts]).view(x.shape)
+        size = part_size(len(tokens), self.fc1.out_features)
+        if direct:
+            return _mlp(tokens, self._weights(), size, keep=False)[0].view(x.shape)
+        return torch.cat([self._whole(part) for part in tokens.split(size)]).view(x.shape)
 
     def _weights(self) -> tuple[Tensor, ...]:
         return self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
 
     def _whole(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
-
-
-def _mlp(weights: Sequence[Tensor], x: Tensor) -> Tensor:
-    weight1, bias1, weight2, bias2 = weights
-    return _product(_product(x, weight1, bias1, gelu=True), weight2, bias2)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -269,68 +262,73 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 class _PartwiseMlp(torch.autograd.Function):
-    """``gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂`` for `[tokens, dim]`, some tokens at a time."""
+    """`_mlp` with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        size = part_size(len(x), len(weights[0]))
-        kept = list(_mlp_parts(x, weights, out, size))
-        ctx.size = size
-        ctx.save_for_backward(x, weights[0], weights[2], *kept)
+        ctx.size = part_size(len(x), len(weights[0]))
+        out, hidden = _mlp(x, weights, ctx.size, keep=True)
+        ctx.save_for_backward(x, weights[0], weights[2], hidden)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight1, weight2, *kept = ctx.saved_tensors
-        return _mlp_gradients(grad, x, weight1, weight2, kept, ctx.size)
+        return _mlp_gradients(grad, *ctx.saved_tensors, ctx.size)
 
 
-def _mlp_parts(x: Tensor, weights: Sequence[Tensor], out: Tensor, size: int) -> Iterator[Tensor]:
-    """Fill ``out``, ``size`` tokens at a time; yields the values before the activation."""
+def _mlp(x: Tensor, weights: Sequence[Tensor], size: int, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """``gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂`` for `[tokens, dim]`, ``size`` tokens at a time.
+
+    What is wide and not kept is written to the same memory in every part, which is then in the
+    cache: fresh memory costs a page fault per 4 KiB.
+
+    Returns:
+        `[tokens, dim]`, and the values before the activation, `[tokens, hidden]`; without ``keep``
+        `[0, hidden]`.
+    """
     weight1, bias1, weight2, bias2 = weights
-    for part, result in zip(x.split(size), out.split(size), strict=True):
-        hidden = _product(part, weight1, bias1)
-        result.copy_(_product(F.gelu(hidden), weight2, bias2))
-        yield hidden
+    out, hidden = torch.empty_like(x), x.new_empty(len(x) if keep else 0, len(weight1))
+    memory = x.new_empty(size, len(weight1))
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        part = x[rows]
+        active = memory[: len(part)]
+        before = torch.addmm(bias1, part, weight1.t(), out=hidden[rows] if keep else active)
+        torch._C._nn.gelu(before, out=active)
+        torch.addmm(bias2, active, weight2.t(), out=out[rows])
+    return out, hidden
 
 
 def _mlp_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    weight2: Tensor,
-    kept: Sequence[Tensor],
-    size: int,
-) -> tuple[Tensor, ...]:
-    """Of input, weights and biases, from what `_mlp_parts` yielded."""
+    grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of input, weights and biases, from what `_mlp` kept."""
     grad_x = torch.empty_like(x)
-    sums: list[Tensor] = []
-    splits = (tensor.split(size) for tensor in (grad, x, grad_x))
-    for hidden, part_grad, part, part_grad_x in zip(kept, *splits, strict=True):
-        grad_hidden = _product(part_grad, weight2.t(), None)
-        factors = (part_grad, F.gelu(hidden))
-        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
-        _add_weight_gradients(sums, (grad_hidden, part), factors)
-        part_grad_x.copy_(_product(grad_hidden, weight1.t(), None))
-    return grad_x, *sums
+    grad1, grad2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+    sum1 = weight1.new_zeros(len(weight1))
+    memory = x.new_empty(2, size, len(weight1))
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        part, part_grad, before = x[rows], grad[rows], hidden[rows]
+        active, grad_hidden = memory[:, : len(part)]
+        torch._C._nn.gelu(before, out=active)
+        grad2.addmm_(part_grad.t(), active)
+        torch.mm(part_grad, weight2, out=grad_hidden)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
+        grad1.addmm_(grad_hidden.t(), part)
+        sum1 += grad_hidden.sum(0)
+        torch.mm(grad_hidden, weight1, out=grad_x[rows])
+    return grad_x, grad1, sum1, grad2, grad.sum(0)
 
 
 @torch.library.custom_op("focal::cpu_mlp", mutates_args=())
 def _opaque_mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The MLP in parts, for a compiler; with ``keep`` also the values before the activation."""
+    """`_mlp` for a compiler."""
     weights, size = (weight1, bias1, weight2, bias2), part_size(len(x), len(weight1))
-    out, hidden = torch.empty_like(x), x.new_empty(len(x) if keep else 0, len(weight1))
-    if keep:
-        for kept, part in zip(hidden.split(size), _mlp_parts(x, weights, out, size), strict=True):
-            kept.copy_(part)
-    else:
-        for part, result in zip(x.split(size), out.split(size), strict=True):
-            result.copy_(_mlp(weights, part))
-    return out, hidden
+    return _mlp(x, weights, size, keep=keep)
 
 
 @_opaque_mlp.register_fake
@@ -343,9 +341,7 @@ def _(x: Tensor, weight1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _opaque_mlp_backward(
     grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    size = part_size(len(x), len(weight1))
-    grads = _mlp_gradients(grad, x, weight1, weight2, hidden.split(size), size)
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+    return _mlp_gradients(grad, x, weight1, weight2, hidden, part_size(len(x), len(weight1)))
 
 
 @_opaque_mlp_backward.register_fake
@@ -372,17 +368,6 @@ def _backward_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None
 
 
 _opaque_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
-
-
-def _add_weight_gradients(sums: list[Tensor], *layers: tuple[Tensor, Tensor]) -> None:
-    """Add each layer's gradients of weight and bias, from those of its output and its input."""
-    if not sums:
-        for grad, x in layers:
-            sums += (grad.t() @ x, grad.sum(0))
-        return
-    for (grad, x), weight, bias in zip(layers, sums[::2], sums[1::2], strict=True):
-        weight.addmm_(grad.t(), x)
-        bias += grad.sum(0)
 
 
 def resize_map(x: Tensor, height: int, width: int) -> Tensor:
