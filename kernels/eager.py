@@ -384,6 +384,7 @@ def _setup_context(ctx, inputs, output) -> None:
     query, key, value, bias, coarse_keys, coarse_values, weights, *settings, _, seed = inputs
     _, kept = output
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else zeros are made for all that is kept
     ctx.num_coarse = len(weights)
     ctx.settings = settings
     lists = (*coarse_keys, *coarse_values, *weights, *kept)
@@ -391,14 +392,16 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, _):
-    query, key, value, bias, seed, *rest = ctx.saved_tensors
     count = ctx.num_coarse
+    none = (None,) * (len(ctx.settings) + 2)
+    if grad_out is None:
+        return (*(None,) * 4, *([None] * count,) * 3, *none)
+    query, key, value, bias, seed, *rest = ctx.saved_tensors
     lists = (rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count], rest[3 * count :])
     grad_maps, *grads, grad_bias = _attention_backward(
         grad_out, query, key, value, bias, *lists, *ctx.settings, seed
     )
     coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
-    none = (None,) * (len(ctx.settings) + 2)
     return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
 
 
