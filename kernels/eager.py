@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from math import prod
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -199,7 +200,7 @@ def _attention(
     dropout_p: float,
     keep: bool,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """The output, and with ``keep`` each step's weights before dropout."""
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
@@ -207,16 +208,21 @@ def _attention(
     inputs = _Reader(plan, query, key_values)
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
-    kept: list[Tensor] = []
+    shapes = plan.score_shapes(len(query), query.shape[3])
+    kept = query.new_empty(sum(map(prod, shapes)) if keep else 0)
+    used = 0
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     for loaded in plan.loads(len(query)):
         out_windows.start_sum(loaded)
         for step in inputs.steps(loaded):
             work = step.work
+            scores = work.weights
             if keep:
-                kept.append(query.new_empty(work.score_shape))
-            weight = step.weights(biases, scale, kept[-1] if keep else work.weights)
+                size = prod(work.score_shape)
+                scores = kept[used : used + size].view(work.score_shape)
+                used += size
+            weight = step.weights(biases, scale, scores)
             if dropout is not None:
                 weight = weight * dropout.factor(step, loaded, weight)
             # The queries are not needed any more: their memory takes the result.
@@ -274,13 +280,12 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 @_attention.register_fake
 def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
     _, map_size, dropout_p, keep, _ = settings
-    kept = []
+    size = 0
     if keep:
         with unset_fake_temporarily():  # a plan is made of numbers
             plan = _plan(decode_geometry(code), query, map_size, dropout_p)
-        shapes = plan.score_shapes(len(query), query.shape[3])
-        kept = [query.new_empty(shape) for shape in shapes]
-    return torch.empty_like(query, memory_format=torch.contiguous_format), kept
+        size = sum(map(prod, plan.score_shapes(len(query), query.shape[3])))
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(size)
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
@@ -294,7 +299,7 @@ def _attention_backward(
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
     pool_weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    kept: Tensor,
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
@@ -305,8 +310,8 @@ def _attention_backward(
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values)
-    biases = None if kept else BandBias(plan, bias.to(query.dtype))
-    kept_weights = iter(kept)
+    biases = None if len(kept) else BandBias(plan, bias.to(query.dtype))
+    used = 0
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 
@@ -331,7 +336,9 @@ def _attention_backward(
                 packed.sides for packed in (work.grad_out, work.query, work.key_value)
             )
             if biases is None:
-                weight = next(kept_weights)
+                size = prod(work.score_shape)
+                weight = kept[used : used + size].view(work.score_shape)
+                used += size
             else:
                 weight = step.weights(biases, scale, work.weights)
             d_weight = torch.bmm(d_out, work.key_value.transposed[1], out=work.grad_weights)
@@ -383,12 +390,12 @@ def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, ke
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, bias, coarse_keys, coarse_values, weights, *settings, _, seed = inputs
     _, kept = output
-    ctx.mark_non_differentiable(*kept)
+    ctx.mark_non_differentiable(kept)
     ctx.set_materialize_grads(False)  # else zeros are made for all that is kept
     ctx.num_coarse = len(weights)
     ctx.settings = settings
-    lists = (*coarse_keys, *coarse_values, *weights, *kept)
-    ctx.save_for_backward(query, key, value, bias, seed, *lists)
+    lists = (*coarse_keys, *coarse_values, *weights)
+    ctx.save_for_backward(query, key, value, bias, seed, kept, *lists)
 
 
 def _backward(ctx, grad_out, _):
@@ -396,10 +403,10 @@ def _backward(ctx, grad_out, _):
     none = (None,) * (len(ctx.settings) + 2)
     if grad_out is None:
         return (*(None,) * 4, *([None] * count,) * 3, *none)
-    query, key, value, bias, seed, *rest = ctx.saved_tensors
-    lists = (rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count], rest[3 * count :])
+    query, key, value, bias, seed, kept, *rest = ctx.saved_tensors
+    lists = (rest[:count], rest[count : 2 * count], rest[2 * count :])
     grad_maps, *grads, grad_bias = _attention_backward(
-        grad_out, query, key, value, bias, *lists, *ctx.settings, seed
+        grad_out, query, key, value, bias, *lists, kept, *ctx.settings, seed
     )
     coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
     return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
