@@ -2,7 +2,8 @@
 
 Each row of sub-windows is one product of its tokens, which are read where they lie, with a sparse
 matrix of weights. Most of that matrix is zeros, and yet the product takes a fifth of the time of a
-sum over positions.
+sum over positions. Backward to the tokens there is nothing to sum, and a product of every token's
+weight and cell is faster.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def add_pool_gradient(
     x = _whole_windows(x, geometry)
     batch, rows, cols, heads, dim = x.shape
     cells = grad.reshape(batch * (rows // side), cols // side, heads * dim)
-    spread = _matrix(weight.to(grad.dtype), cols // side).mT.expand(len(cells), -1, -1)
+    cell = cells.view(batch, rows // side, 1, cols // side, 1, heads * dim)
+    factor = weight.to(grad.dtype)[:, None, :, None]
     if x.shape == grad_x.shape and not geometry.shift:
-        _tokens(grad_x, side).baddbmm_(spread, cells)
+        subwindows = grad_x.flatten(3).unflatten(2, (-1, side)).unflatten(1, (-1, side))
+        subwindows.addcmul_(cell, factor)
     else:
         height, width = grad_x.shape[1:3]
-        added = (spread @ cells).view(x.shape)
+        added = (cell * factor).reshape(x.shape)
         added = added.roll((geometry.shift, geometry.shift), dims=(1, 2))
         grad_x += added[:, :height, :width]
     every_pair = cells.to(x.dtype) @ _tokens(x, side).mT  # [windows rows, cells, tokens]
