@@ -6,7 +6,6 @@ already has its borders, and windows read that buffer through an overlapping str
 in a fixed order, so results do not change from run to run.
 
 A training step keeps its attention weights: to compute them again takes longer than to read them.
-Under a compiler, which plans memory itself, only query, key, value and the coarse maps are saved.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Workspace, Workspaces
-from kernels.eager_plan import Band, Plan, make_plan
+from kernels.eager_plan import Band, Plan, make_plan, most_scores
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
@@ -56,7 +55,6 @@ def focal_attention(
     """See `kernels.focal_attention`; arguments are taken as already checked."""
     size = geometry.padded_size(*query.shape[1:3])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
-    keep = trains and not torch.compiler.is_compiling()
     out, _ = _attention(
         query,
         key,
@@ -69,7 +67,7 @@ def focal_attention(
         scale,
         list(map_size),
         dropout_p,
-        keep,
+        _kept_size(query, geometry, map_size, dropout_p) if trains else 0,
         dropout_seed,
     )
     return out
@@ -198,18 +196,17 @@ def _attention(
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
-    keep: bool,
+    kept_size: int,
     dropout_seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and with ``keep`` each step's weights before dropout."""
+    """The output, and each step's weights before dropout, one after another, unless size is 0."""
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values)
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
-    shapes = plan.score_shapes(len(query), query.shape[3])
-    kept = query.new_empty(sum(map(prod, shapes)) if keep else 0)
+    kept = query.new_empty(kept_size)
     used = 0
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
@@ -218,7 +215,7 @@ def _attention(
         for step in inputs.steps(loaded):
             work = step.work
             scores = work.weights
-            if keep:
+            if kept_size:
                 size = prod(work.score_shape)
                 scores = kept[used : used + size].view(work.score_shape)
                 used += size
@@ -239,6 +236,17 @@ def _plan(
     real = (map_size[0], map_size[1])
     # Dropout counts the keys of a window in canonical order.
     return _bands(geometry, (height, width), real, heads, query.device, dropout_p == 0.0)
+
+
+def _kept_size(
+    query: Tensor, geometry: FocalGeometry, map_size: Sequence[int], dropout_p: float
+) -> int:
+    """Room for the scores of every step; under a compiler, whose sizes may be symbols, a bound."""
+    batch, height, width, heads, _ = query.shape
+    if torch.compiler.is_compiling():
+        return batch * heads * most_scores(geometry, height, width)
+    with unset_fake_temporarily():  # a plan is made of numbers
+        return batch * heads * _plan(geometry, query, map_size, dropout_p).num_scores
 
 
 def _dropout(
@@ -279,13 +287,9 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 
 @_attention.register_fake
 def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
-    _, map_size, dropout_p, keep, _ = settings
-    size = 0
-    if keep:
-        with unset_fake_temporarily():  # a plan is made of numbers
-            plan = _plan(decode_geometry(code), query, map_size, dropout_p)
-        size = sum(map(prod, plan.score_shapes(len(query), query.shape[3])))
-    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(size)
+    *_, kept_size, _ = settings
+    kept = query.new_empty(kept_size)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), kept
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())

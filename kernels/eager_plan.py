@@ -24,7 +24,7 @@ from kernels.eager_shared import SharedPairs, shared_pairs
 from kernels.eager_windows import Patches, key_windows, query_windows, whole_map
 from kernels.geometry import FocalGeometry
 
-__all__ = ["Band", "Plan", "make_plan"]
+__all__ = ["Band", "Plan", "make_plan", "most_scores"]
 
 _TYPICAL_HEAD_DIM = 32
 # A level is shared while that costs at most so many times the keys.
@@ -103,12 +103,10 @@ class Plan:
             for band in self.bands:
                 yield band, images
 
-    def score_shapes(self, batch: int, num_heads: int) -> Iterator[tuple[int, int, int]]:
-        """Products, queries and columns of each step through a batch, in order."""
-        for loaded in self.loads(batch):
-            for band, images in self.steps(loaded):
-                products = (images.stop - images.start) * band.num_windows * num_heads
-                yield products, self.queries.size, self.keys.num_columns
+    @property
+    def num_scores(self) -> int:
+        """Scores that all steps compute, for an image and head."""
+        return prod(self.queries.count) * self.queries.size * self.keys.num_columns
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
@@ -194,6 +192,16 @@ def make_plan(
     loaded = images * max(1, budget // (unrolled * images))
     layout = KeyLayout(layout.windowed.to(device), layout.shared.to(device), layout.num_shared)
     return Plan(queries, tuple(levels), tuple(order), layout, tuple(bands), images, loaded)
+
+
+def most_scores(geometry: FocalGeometry, height: int, width: int) -> int:
+    """An upper bound, for an image and head, of the scores that steps compute.
+
+    A plan would tell the number, but is made of numbers: here sizes may be a compiler's symbols.
+    """
+    rows, cols = geometry.num_windows(height, width)
+    columns = sum(int(_SHARED_EXCESS * keys) for keys in geometry.keys_per_level) + _KEY_UNIT
+    return rows * cols * geometry.num_queries * columns
 
 
 def _sharing_pays(keys: Tensor, cells: int) -> bool:

@@ -23,7 +23,7 @@ from cases import (
 from hypothesis import given, settings
 
 from kernels import FocalGeometry, eager
-from kernels.eager_plan import make_plan
+from kernels.eager_plan import make_plan, most_scores
 
 LAYOUTS = pytest.mark.parametrize("layout", [fused, heads_first, channels_first])
 LARGE = Case("stage", 7, ((1, 13), (7, 5)), 23, 30, heads=2, head_dim=6, batch=3, shift=3)
@@ -102,6 +102,14 @@ def test_inner_bands_share_their_masks():
     # At both edges and between, along both axes; the middle one excludes nothing.
     kinds = {id(band.mask) for band in plan.bands}
     assert len(kinds) == 9
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_a_compiler_leaves_room_for_the_scores_of_every_step(case):
+    geometry, size = case.geometry, case.shape[1:3]
+    plan = make_plan(geometry, size, case.map_size or size, case.heads, torch.device("cpu"), 1000)
+    assert plan.num_scores <= most_scores(geometry, *size)
 
 
 # -- levels that all windows share ----------------------------------------------------------------
@@ -253,12 +261,12 @@ def test_results_do_not_change_from_run_to_run():
 
 @pytest.fixture
 def keeping(monkeypatch):
-    """How many steps' weights each call kept, and a way to forbid it."""
+    """How many weights each call kept, and a way to forbid it."""
     attention, counts, allowed = eager._attention, [], [True]
 
     def spy(*arguments):
-        *rest, keep, seed = arguments
-        out, kept = attention(*rest, keep and allowed[0], seed)
+        *rest, kept_size, seed = arguments
+        out, kept = attention(*rest, kept_size if allowed[0] else 0, seed)
         counts.append(len(kept))
         return out, kept
 

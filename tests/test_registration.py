@@ -19,7 +19,7 @@ from cases import (
     run,
 )
 
-from kernels import Pooling, focal_attention, resolve_backend
+from kernels import Pooling, eager, focal_attention, resolve_backend
 from kernels.geometry import encode_geometry
 
 CASE = Case("two levels", 2, ((1, 4), (2, 3)), 3, 4, heads=2, head_dim=3, batch=1, shift=1)
@@ -38,10 +38,10 @@ def maps(case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor
     return list(qkv.unbind(3))
 
 
-def settings(case: Case, dropout_p: float, *keep: bool) -> tuple:
+def settings(case: Case, dropout_p: float, *kept_size: int) -> tuple:
     seed = torch.tensor([7]) if dropout_p else None
     size = list(case.shape[1:3])
-    return encode_geometry(case.geometry), 0.5, size, dropout_p, *keep, seed
+    return encode_geometry(case.geometry), 0.5, size, dropout_p, *kept_size, seed
 
 
 def coarse_cells(case: Case) -> list[tuple[int, int]]:
@@ -82,17 +82,10 @@ def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep):
     keys, values = (list(x) for x in zip(*coarse, strict=True))
     weights = pool_weights(case, dtype)
     arguments = (*maps(case, dtype), bias(case, dtype), keys, values, weights)
-    # A compiler, whose sizes may be symbols, keeps nothing: how much there is depends on numbers.
-    sizes = "static" if keep else "dynamic"
+    size = case.shape[1:3]
+    kept_size = eager._kept_size(arguments[0], case.geometry, size, dropout_p) if keep else 0
     torch.library.opcheck(
-        torch.ops.focal.eager_attention.default,
-        (*arguments, *settings(case, dropout_p, keep)),
-        test_utils=(
-            "test_schema",
-            "test_autograd_registration",
-            "test_faketensor",
-            f"test_aot_dispatch_{sizes}",
-        ),
+        torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p, kept_size))
     )
 
 
@@ -109,7 +102,9 @@ def test_eager_attention_backward_is_registered_soundly(dtype):
     )
     grad_out = random(*case.shape, dtype=dtype, grad=False)
     weights = pool_weights(case, dtype, False)
-    arguments = (grad_out, query, key, value, bias(case, dtype, False), keys, values, weights, [])
+    coarse = (keys, values, weights)
+    kept = grad_out.new_empty(0)
+    arguments = (grad_out, query, key, value, bias(case, dtype, False), *coarse, kept)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
