@@ -164,6 +164,8 @@ class ConvEmbed(nn.Module):
         """
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
+        else:  # the output's layout is the input's, and NHWC is wanted
+            x = x.contiguous(memory_format=torch.channels_last)
         height, width = x.shape[2:]
         if 0 in self.output_size(height, width):
             raise ValueError(
