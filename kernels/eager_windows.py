@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from torch import Tensor
@@ -72,28 +73,53 @@ class Patches:
         if buffer is None:
             return next(self._pieces(source))[0]
         for piece, place in self._pieces(source):
-            _at(buffer, place).copy_(piece)
+            _at(buffer, *place).copy_(piece)
+        for echo, original in self._echoes(buffer):
+            echo.copy_(original)
         return buffer
 
     def roll_up(self, unrolled: Tensor, into: Tensor) -> None:
-        """Sum what `unroll` spread back into a map, whatever it held: the transpose."""
+        """Sum what `unroll` spread back into a map, whatever it held: the transpose.
+
+        The unrolled map is used up.
+        """
+        for echo, original in reversed(self._echoes(unrolled)):
+            original += echo
         pieces = list(self._pieces(into))
         whole = [piece.numel() == into.numel() for piece, _ in pieces]
         if True in whole:  # the map itself, between its borders
             piece, place = pieces.pop(whole.index(True))
-            piece.copy_(_at(unrolled, place))
+            piece.copy_(_at(unrolled, *place))
         else:
             into.zero_()
         for piece, place in pieces:
-            piece += _at(unrolled, place)
+            piece += _at(unrolled, *place)
 
     def _pieces(self, source: Tensor) -> Iterator[tuple[Tensor, tuple[slice, slice]]]:
         """Parts of the source `[sides, images, heads, rows, cols, dim]`, and where they go."""
         source = source.permute(0, 1, 4, 2, 3, 5)
-        for place_row, row, height in self.rows:
-            for place_col, col, width in self.cols:
+        for place_row, row, height in _originals(self.rows)[0]:
+            for place_col, col, width in _originals(self.cols)[0]:
                 place = slice(place_row, place_row + height), slice(place_col, place_col + width)
-                yield _at(source, (slice(row, row + height), slice(col, col + width))), place
+                yield _at(source, slice(row, row + height), slice(col, col + width)), place
+
+    def _echoes(self, unrolled: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Columns, then rows, that repeat others of an unrolled map, and those that they repeat."""
+        everything = slice(None)
+        cols, rows = (_originals(runs)[1] for runs in (self.cols, self.rows))
+        return [
+            (
+                _at(unrolled, everything, slice(place, place + width)),
+                _at(unrolled, everything, slice(start, start + width)),
+            )
+            for place, start, width in cols
+        ] + [
+            (
+                _at(unrolled, slice(place, place + height), everything),
+                _at(unrolled, slice(start, start + height), everything),
+            )
+            for place, start, height in rows
+        ]
 
     def apart(self, rows: int, cols: int) -> Iterator[tuple[slice, slice]]:
         """Parts of ``rows × cols`` windows that do not overlap, unless all take the whole map."""
@@ -139,8 +165,30 @@ class Windows:
         )
 
 
-def _at(x: Tensor, place: tuple[slice, slice]) -> Tensor:
-    return x[..., place[0], place[1], :]
+def _at(x: Tensor, rows: slice, cols: slice) -> Tensor:
+    return x[..., rows, cols, :]
+
+
+@lru_cache(maxsize=256)
+def _originals(runs: _Runs) -> tuple[_Runs, _Runs]:
+    """Runs that are taken from the source, and those that repeat a part of the longest of them.
+
+    The latter are `(start, start of the part, length)` when unrolled: under "wrap" the borders, of
+    which there are many and which would be read from afar.
+    """
+    start, first, length = max(runs, key=lambda run: run[2])
+    repeats = [
+        place != start and first <= source and source + count <= first + length
+        for place, source, count in runs
+    ]
+    return (
+        tuple(run for run, repeat in zip(runs, repeats, strict=True) if not repeat),
+        tuple(
+            (place, start + source - first, count)
+            for (place, source, count), repeat in zip(runs, repeats, strict=True)
+            if repeat
+        ),
+    )
 
 
 def whole_map(size: tuple[int, int], count: tuple[int, int]) -> Patches:
