@@ -276,7 +276,8 @@ class _PartwiseMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return _mlp_gradients(grad, *ctx.saved_tensors, ctx.size)
+        x, weight1, weight2, hidden = ctx.saved_tensors
+        return _mlp_gradients(grad, x, weight1, weight2, hidden, ctx.size)
 
 
 def _mlp(x: Tensor, weights: Sequence[Tensor], size: int, *, keep: bool) -> tuple[Tensor, Tensor]:
@@ -297,7 +298,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor], size: int, *, keep: bool) -> tupl
         part = x[rows]
         active = memory[: len(part)]
         before = torch.addmm(bias1, part, weight1.t(), out=hidden[rows] if keep else active)
-        torch._C._nn.gelu(before, out=active)
+        torch.ops.aten.gelu.out(before, out=active)
         torch.addmm(bias2, active, weight2.t(), out=out[rows])
     return out, hidden
 
@@ -314,7 +315,7 @@ def _mlp_gradients(
         rows = slice(start, start + size)
         part, part_grad, before = x[rows], grad[rows], hidden[rows]
         active, grad_hidden = memory[:, : len(part)]
-        torch._C._nn.gelu(before, out=active)
+        torch.ops.aten.gelu.out(before, out=active)
         grad2.addmm_(part_grad.t(), active)
         torch.mm(part_grad, weight2, out=grad_hidden)
         torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
