@@ -27,17 +27,15 @@ class Packed:
         patches: The levels. What they leave of ``size`` is padding.
 
     Attributes:
-        tokens: `[sides, images · windows · heads, size, dim]`.
-        sides: Each of them, `[images · windows · heads, size, dim]`.
-        transposed: `[images · windows · heads, dim, size]`.
+        sides: Of each side, `[images · windows · heads, size, dim]`.
+        transposed: Of each side, `[images · windows · heads, dim, size]`.
         squares: Of each level, `[sides, images, win_rows, win_cols, heads, rows, cols, dim]`.
         padding: `[sides, images, win_rows, win_cols, heads, padding, dim]`, or None.
     """
 
     def __init__(self, tokens: Tensor, patches: Sequence[Patches]) -> None:
         self._patches = patches
-        self.tokens = tokens.flatten(1, 4)
-        self.sides = self.tokens.unbind(0)
+        self.sides = tokens.flatten(1, 4).unbind(0)
         self.transposed = [side.mT for side in self.sides]
         ends = list(accumulate(patch.size for patch in patches))
         self.squares = [
@@ -201,17 +199,15 @@ class Gathered:
     def add(self, band: Band, images: slice, packed: Packed) -> None:
         """Add the windows: the transpose of `read`."""
         rows, cols = band.rows, band.cols
-        for level, ((_, patch, _), windows) in enumerate(
-            zip(self._levels, self._windows, strict=True)
-        ):
-            squares = packed.squares[level]
+        parts = zip(self._levels, self._windows, packed.squares, packed.apart, strict=True)
+        for (target, patch, _), windows, squares, apart in parts:
             if not patch.overlap:
                 windows.of(images, rows, cols).copy_(squares)
             elif patch.shared:
-                total = squares.sum(dim=(2, 3), keepdim=True, dtype=self._levels[level][0].dtype)
+                total = squares.sum(dim=(2, 3), keepdim=True, dtype=target.dtype)
                 windows.of(images, rows[:1], cols[:1]).add_(total)
             else:
-                for some_rows, some_cols, part in packed.apart[level]:
+                for some_rows, some_cols, part in apart:
                     windows.of(images, rows[some_rows], cols[some_cols]).add_(part)
 
     def finish_sum(self, images: slice) -> None:
