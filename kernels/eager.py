@@ -35,8 +35,11 @@ __all__ = ["focal_attention"]
 _Inputs = ParamSpec("_Inputs")
 _Result = TypeVar("_Result")
 
-# Scores of one step, in elements: 2.5 MiB in float32 stays in the second- and third-level caches.
-SCORES_PER_STEP = {"cpu": 5 * 2**17, "other": 2**26}
+# Scores of one step, in elements: 1.25 MiB in float32 stays in the second-level caches.
+SCORES_PER_STEP = {"cpu": 5 * 2**16, "other": 2**26}
+# Weights that are kept in one piece of memory: 16 MiB in float32. What is larger than 32 MiB the C
+# library takes from the kernel anew each time, which clears every page of it.
+KEPT_TOGETHER = 2**22
 
 
 def focal_attention(
@@ -55,7 +58,7 @@ def focal_attention(
     """See `kernels.focal_attention`; arguments are taken as already checked."""
     size = geometry.padded_size(*query.shape[1:3])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
-    out, _ = _attention(
+    out, *_ = _attention(
         query,
         key,
         value,
@@ -67,7 +70,7 @@ def focal_attention(
         scale,
         list(map_size),
         dropout_p,
-        _kept_size(query, geometry, map_size, dropout_p) if trains else 0,
+        _kept_sizes(query, geometry, map_size, dropout_p) if trains else None,
         dropout_seed,
     )
     return out
@@ -196,29 +199,25 @@ def _attention(
     scale: float,
     map_size: Sequence[int],
     dropout_p: float,
-    kept_size: int,
+    kept_sizes: Sequence[int] | None,
     dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The output, and each step's weights before dropout, one after another, unless size is 0."""
+) -> list[Tensor]:
+    """The output, and memory of these sizes with each step's weights before dropout in it."""
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values)
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
-    kept = query.new_empty(kept_size)
-    used = 0
+    memory = [query.new_empty(size) for size in kept_sizes or ()]
+    kept = _Kept(memory)
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     for loaded in plan.loads(len(query)):
         out_windows.start_sum(loaded)
         for step in inputs.steps(loaded):
             work = step.work
-            scores = work.weights
-            if kept_size:
-                size = prod(work.score_shape)
-                scores = kept[used : used + size].view(work.score_shape)
-                used += size
+            scores = kept.next(work.score_shape) if memory else work.weights
             weight = step.weights(biases, scale, scores)
             if dropout is not None:
                 weight = weight * dropout.factor(step, loaded, weight)
@@ -226,7 +225,7 @@ def _attention(
             torch.bmm(weight, work.key_value.sides[1], out=work.query.sides[0])
             out_windows.add(step.band, step.images, work.query)
         out_windows.finish_sum(loaded)
-    return out[0], kept
+    return [out[0], *memory]
 
 
 def _plan(
@@ -238,15 +237,41 @@ def _plan(
     return _bands(geometry, (height, width), real, heads, query.device, dropout_p == 0.0)
 
 
-def _kept_size(
+def _kept_sizes(
     query: Tensor, geometry: FocalGeometry, map_size: Sequence[int], dropout_p: float
-) -> int:
+) -> list[int] | None:
     """Room for the scores of every step; under a compiler, whose sizes may be symbols, a bound."""
     batch, height, width, heads, _ = query.shape
     if torch.compiler.is_compiling():
-        return batch * heads * most_scores(geometry, height, width)
+        return [batch * heads * most_scores(geometry, height, width)]
     with unset_fake_temporarily():  # a plan is made of numbers
-        return batch * heads * _plan(geometry, query, map_size, dropout_p).num_scores
+        plan = _plan(geometry, query, map_size, dropout_p)
+    sizes: list[int] = []
+    for loaded in plan.loads(batch):
+        for band, images in plan.steps(loaded):
+            size = (images.stop - images.start) * heads * plan.num_scores(band)
+            if sizes and sizes[-1] + size <= KEPT_TOGETHER:
+                sizes[-1] += size
+            else:
+                sizes.append(size)
+    # None rather than an empty list, which the operator's registration takes for one of tensors.
+    return sizes or None
+
+
+class _Kept:
+    """Memory of weights, one step's after another's."""
+
+    def __init__(self, memory: Sequence[Tensor]) -> None:
+        self._memory = iter(memory)
+        self._rest: Tensor | None = None
+
+    def next(self, shape: Sequence[int]) -> Tensor:
+        """The next step's."""
+        size = prod(shape)
+        if self._rest is None or len(self._rest) < size:
+            self._rest = next(self._memory)
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return taken.view(shape)
 
 
 def _dropout(
@@ -287,9 +312,9 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 
 @_attention.register_fake
 def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
-    *_, kept_size, _ = settings
-    kept = query.new_empty(kept_size)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), kept
+    *_, kept_sizes, _ = settings
+    kept = [query.new_empty(size) for size in kept_sizes or ()]
+    return [torch.empty_like(query, memory_format=torch.contiguous_format), *kept]
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
@@ -303,7 +328,7 @@ def _attention_backward(
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
     pool_weights: Sequence[Tensor],
-    kept: Tensor,
+    memory: Sequence[Tensor],
     geometry_code: Sequence[int],
     scale: float,
     map_size: Sequence[int],
@@ -314,8 +339,8 @@ def _attention_backward(
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
     inputs = _Reader(plan, query, key_values)
-    biases = None if len(kept) else BandBias(plan, bias.to(query.dtype))
-    used = 0
+    biases = None if memory else BandBias(plan, bias.to(query.dtype))
+    kept = _Kept(memory)
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 
@@ -340,9 +365,7 @@ def _attention_backward(
                 packed.sides for packed in (work.grad_out, work.query, work.key_value)
             )
             if biases is None:
-                size = prod(work.score_shape)
-                weight = kept[used : used + size].view(work.score_shape)
-                used += size
+                weight = kept.next(work.score_shape)
             else:
                 weight = step.weights(biases, scale, work.weights)
             d_weight = torch.bmm(d_out, work.key_value.transposed[1], out=work.grad_weights)
@@ -393,21 +416,23 @@ def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, ke
 
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, bias, coarse_keys, coarse_values, weights, *settings, _, seed = inputs
-    _, kept = output
-    ctx.mark_non_differentiable(kept)
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # else zeros are made for all that is kept
-    ctx.num_coarse = len(weights)
+    ctx.num_coarse, ctx.num_kept = len(weights), len(kept)
     ctx.settings = settings
     lists = (*coarse_keys, *coarse_values, *weights)
-    ctx.save_for_backward(query, key, value, bias, seed, kept, *lists)
+    ctx.save_for_backward(query, key, value, bias, seed, *kept, *lists)
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx, grads_out):
+    grad_out, *_ = grads_out
     count = ctx.num_coarse
     none = (None,) * (len(ctx.settings) + 2)
     if grad_out is None:
         return (*(None,) * 4, *([None] * count,) * 3, *none)
-    query, key, value, bias, seed, kept, *rest = ctx.saved_tensors
+    query, key, value, bias, seed, *rest = ctx.saved_tensors
+    kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
     lists = (rest[:count], rest[count : 2 * count], rest[2 * count :])
     grad_maps, *grads, grad_bias = _attention_backward(
         grad_out, query, key, value, bias, *lists, kept, *ctx.settings, seed

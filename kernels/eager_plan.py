@@ -103,10 +103,9 @@ class Plan:
             for band in self.bands:
                 yield band, images
 
-    @property
-    def num_scores(self) -> int:
-        """Scores that all steps compute, for an image and head."""
-        return prod(self.queries.count) * self.queries.size * self.keys.num_columns
+    def num_scores(self, band: Band) -> int:
+        """Scores of a band, for an image and head."""
+        return band.num_windows * self.queries.size * self.keys.num_columns
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:

@@ -109,7 +109,7 @@ def test_inner_bands_share_their_masks():
 def test_a_compiler_leaves_room_for_the_scores_of_every_step(case):
     geometry, size = case.geometry, case.shape[1:3]
     plan = make_plan(geometry, size, case.map_size or size, case.heads, torch.device("cpu"), 1000)
-    assert plan.num_scores <= most_scores(geometry, *size)
+    assert sum(map(plan.num_scores, plan.bands)) <= most_scores(geometry, *size)
 
 
 # -- levels that all windows share ----------------------------------------------------------------
@@ -265,10 +265,10 @@ def keeping(monkeypatch):
     attention, counts, allowed = eager._attention, [], [True]
 
     def spy(*arguments):
-        *rest, kept_size, seed = arguments
-        out, kept = attention(*rest, kept_size if allowed[0] else 0, seed)
-        counts.append(len(kept))
-        return out, kept
+        *rest, kept_sizes, seed = arguments
+        out, *kept = attention(*rest, kept_sizes if allowed[0] else None, seed)
+        counts.append(sum(len(x) for x in kept))
+        return [out, *kept]
 
     monkeypatch.setattr(eager, "_attention", spy)
     return counts, allowed
@@ -285,6 +285,20 @@ def test_kept_weights_give_what_weights_computed_again_give(case, dropout_p, kee
     computed = run(case, tensors, "eager", gradient)
     assert counts[0] > 0 == counts[1]
     assert all(torch.equal(kept[name], computed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("small_steps", [400], indirect=True)
+@pytest.mark.parametrize("together", [1, 2**17])
+def test_weights_are_kept_in_pieces_of_whole_steps(together, small_steps, monkeypatch):
+    tensors, gradient = make_tensors(LARGE), random_gradient(LARGE)
+    expected = run(LARGE, tensors, "eager", gradient)
+    sizes = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
+    monkeypatch.setattr(eager, "KEPT_TOGETHER", together)
+    pieces = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
+    assert len(sizes) == 1 < len(pieces)
+    assert sum(sizes) == sum(pieces)
+    got = run(LARGE, tensors, "eager", gradient)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
 def test_weights_are_kept_for_a_gradient_alone(keeping):

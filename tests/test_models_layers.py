@@ -9,8 +9,13 @@ from models.focal_attention import _Unbind
 from models.layers import Mlp, part_size
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
+@pytest.fixture(params=["oneDNN", "BLAS"])
+def small_parts(request, monkeypatch):
+    """Parts of a few tokens, with either library's products."""
+    if request.param == "BLAS":
+        monkeypatch.setattr(layers, "_ONEDNN_LINEAR", None)
+    elif layers._ONEDNN_LINEAR is None:
+        pytest.skip("this processor takes the BLAS")
     monkeypatch.setattr(layers, "PART_ROWS", 4)
     monkeypatch.setitem(layers.part_size.__kwdefaults__, "size", 1)
 

@@ -38,10 +38,10 @@ def maps(case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor
     return list(qkv.unbind(3))
 
 
-def settings(case: Case, dropout_p: float, *kept_size: int) -> tuple:
+def settings(case: Case, dropout_p: float, *kept_sizes: list[int] | None) -> tuple:
     seed = torch.tensor([7]) if dropout_p else None
     size = list(case.shape[1:3])
-    return encode_geometry(case.geometry), 0.5, size, dropout_p, *kept_size, seed
+    return encode_geometry(case.geometry), 0.5, size, dropout_p, *kept_sizes, seed
 
 
 def coarse_cells(case: Case) -> list[tuple[int, int]]:
@@ -83,9 +83,9 @@ def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep):
     weights = pool_weights(case, dtype)
     arguments = (*maps(case, dtype), bias(case, dtype), keys, values, weights)
     size = case.shape[1:3]
-    kept_size = eager._kept_size(arguments[0], case.geometry, size, dropout_p) if keep else 0
+    sizes = eager._kept_sizes(arguments[0], case.geometry, size, dropout_p) if keep else None
     torch.library.opcheck(
-        torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p, kept_size))
+        torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p, sizes))
     )
 
 
@@ -103,8 +103,7 @@ def test_eager_attention_backward_is_registered_soundly(dtype):
     grad_out = random(*case.shape, dtype=dtype, grad=False)
     weights = pool_weights(case, dtype, False)
     coarse = (keys, values, weights)
-    kept = grad_out.new_empty(0)
-    arguments = (grad_out, query, key, value, bias(case, dtype, False), *coarse, kept)
+    arguments = (grad_out, query, key, value, bias(case, dtype, False), *coarse, [])
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
