@@ -48,7 +48,8 @@ TF32_LOSES = 2**13  # bits of a number: 10 of float32's 23 are left
 @DTYPES
 @pytest.mark.parametrize("case", RELEASED + HARD, ids=str)
 def test_error_is_at_most_twice_the_plain_one(case, dtype):
-    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=2))
+    # Pooling weights are a few numbers: two draws of them would leave the ratio to chance.
+    assert_precise(error_ratios(case, dtype, "triton", "cuda", draws=12))
 
 
 def test_arguments_that_are_all_1_give_the_same():
