@@ -30,8 +30,6 @@ from kernels.gradient_plan import GradientPlan
 from kernels.launch import COPYING_THREADS, Problem, acc_type, token_map, warp_size
 from kernels.tiles import (
     exclude,
-    full_divide,
-    full_exp2,
     image_ptr,
     keep_tile,
     key_tile,
@@ -66,7 +64,7 @@ def weight_tile(
     query_side = query_seam_side(m, win_row, win_col, size, S)
     score = exclude(score, query_side[:, None], side[None, :], valid[None, :], L, S)
     if q.dtype == ACC_TYPE:
-        weight = full_exp2(score * S.score_factor - peak[:, None]) * inverse[:, None]
+        weight = tl.exp2(score * S.score_factor - peak[:, None]) * inverse[:, None]
     else:  # the same with one product less, which costs digits that 16 bits do not have
         base = tl.where(inverse > 0, peak - tl.log2(tl.maximum(inverse, 1e-30)), float("inf"))
         weight = tl.exp2(score * S.score_factor - base[:, None])
@@ -130,7 +128,7 @@ def delta_kernel(
                 total += tl.sum(weight, axis=1)
             if i > 0:
                 level_start += (size.pad_h // S.levels[i].sub) * (size.pad_w // S.levels[i].sub)
-        delta = full_divide(delta, tl.where(total > 0, total, 1.0))
+        delta = delta / tl.where(total > 0, total, 1.0)
     else:
         out_rows = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
         out_rows += row_offset(row * size.width + col, size, S)

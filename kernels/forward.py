@@ -27,8 +27,6 @@ from kernels.bias_layout import launch_bias
 from kernels.launch import Problem, acc_type, cut_with_tail, token_map
 from kernels.tiles import (
     exclude,
-    full_divide,
-    full_exp2,
     image_ptr,
     keep_mask,
     key_tile,
@@ -70,12 +68,8 @@ def attend_tile(
     new_peak = tl.maximum(peak, tl.max(score, axis=1) * S.score_factor)
     # A row without any key so far has peak -inf: subtract 0 there, for -inf - -inf is NaN.
     base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    if q.dtype == acc.dtype:
-        weight = full_exp2(score * S.score_factor - base[:, None])
-        rescale = full_exp2(peak - base)
-    else:
-        weight = tl.exp2(score * S.score_factor - base[:, None])
-        rescale = tl.exp2(peak - base)
+    weight = tl.exp2(score * S.score_factor - base[:, None])
+    rescale = tl.exp2(peak - base)
     total = total * rescale + tl.sum(weight, axis=1)
     if S.drop_threshold > 0:
         pair = m[:, None] * S.num_keys + (L.first + k)[None, :]
@@ -135,12 +129,9 @@ def forward_kernel(
     # -- finish and store
     no_key = peak == -float("inf")
     total = tl.where(no_key, 1.0, total)
-    if q.dtype == ACC_TYPE:
-        inverse = full_divide(1.0, total)
-        acc = full_divide(acc, total[:, None])
-    else:  # a product and quotients good to two units: 16 bits are too few to show it
-        inverse = 1.0 / total
-        acc = acc * inverse[:, None]
+    inverse = 1.0 / total
+    # One product less exact than a quotient: only 16 bits are too few to show it.
+    acc = acc / total[:, None] if q.dtype == ACC_TYPE else acc * inverse[:, None]
     inverse = tl.where(no_key, 0.0, inverse)
     out = packed_ptr(out_ptr, batch, size.height * size.width, head, size, S)
     store_rows(out + row_offset(row * size.width + col, size, S), acc, stored, S)

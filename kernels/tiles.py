@@ -372,37 +372,6 @@ def exclude(score, query_side, key_side, valid, L: tl.constexpr, S: tl.constexpr
 
 
 @triton.jit
-def full_exp2(x):
-    """2ˣ to the last digit, for x below 1: float32 to less than a unit in the last place.
-
-    The instruction behind `tl.exp2` is good to two units on NVIDIA's cards, which shows in float32
-    where gradients cancel. 2ˣ = 2ⁿ · 2ᶠ with whole n; on |f| ≤ ½ a polynomial of degree 6,
-    interpolated at Chebyshev's nodes, is good to 2⁻²⁸. -inf gives 0, and so does all below 2⁻¹²⁶.
-    """
-    if x.dtype == tl.float64:
-        return tl.exp2(x)
-    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
-    whole = tl.floor(x + 0.5)
-    part = x - whole
-    power = 0.00015453163359779865 * part + 0.0013390863314270973
-    power = power * part + 0.009618083015084267
-    power = power * part + 0.055503569543361664
-    power = power * part + 0.24022650718688965
-    power = power * part + 0.6931471824645996
-    power = power * part + 1.0
-    # A float32 of exponent n: its bits are those of n + 127, shifted over the fraction's 23.
-    return power * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def full_divide(x, y):
-    """x / y rounded once; Triton's quotient of float32 is good to two units of the last place."""
-    if y.dtype == tl.float64:
-        return x / y
-    return tl.div_rn(x, y)
-
-
-@triton.jit
 def mix(x):
     """The finaliser of MurmurHash3 on uint32; see `kernels.dropout`."""
     x = x ^ (x >> 16)
