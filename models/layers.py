@@ -53,14 +53,20 @@ def part_size(rows: int, width: int, *, unit: int = 1, size: int = PART_SIZE) ->
     return max(-(-rows // (count * unit)) * unit, unit) if rows else unit
 
 
+def _onednn(x: Tensor, weight: Tensor) -> Callable[..., Tensor] | None:
+    """oneDNN's product, where that is to be taken."""
+    return _ONEDNN_LINEAR if x.dtype == weight.dtype == torch.float32 else None
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b``, without a gradient; ``weight`` may be transposed.
 
     ``out``, of the result's shape, may take the result: the BLAS writes there, oneDNN to memory of
     its own.
     """
-    if _ONEDNN_LINEAR is not None and x.dtype == weight.dtype == torch.float32:
-        return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    onednn = _onednn(x, weight)
+    if onednn is not None:
+        return onednn(x, weight, bias, "none", [], "")
     if out is None:
         return F.linear(x, weight, bias)
     if bias is None:
@@ -302,12 +308,21 @@ def _mlp(
     memory = x.new_empty(size, len(weight1))  # in the cache after the first part
     for part, result in zip(x.split(size), out.split(size), strict=True):
         active = memory[: len(part)]
-        before = _product(part, weight1, bias1, None if keep else active)
-        torch.ops.aten.gelu.out(before, out=active)
-        _put(_product(active, weight2, bias2, result), result)
         if keep:
-            hidden.append(before)
+            hidden.append(_product(part, weight1, bias1))
+            torch.ops.aten.gelu.out(hidden[-1], out=active)
+        else:
+            active = _activated_product(part, weight1, bias1, active)
+        _put(_product(active, weight2, bias2, result), result)
     return out, hidden
+
+
+def _activated_product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    """``gelu(x Wᵀ + b)``; ``out`` as for `_product`."""
+    onednn = _onednn(x, weight)
+    if onednn is not None:  # the activation of a number while it is in a register
+        return onednn(x, weight, bias, "gelu", [], "none")
+    return torch.ops.aten.gelu.out(_product(x, weight, bias, out), out=out)
 
 
 def _put(product: Tensor, into: Tensor) -> None:
