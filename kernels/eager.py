@@ -10,11 +10,11 @@ A training step keeps its attention weights: to compute them again takes longer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from math import prod
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,8 +35,15 @@ __all__ = ["focal_attention"]
 _Inputs = ParamSpec("_Inputs")
 _Result = TypeVar("_Result")
 
-# Scores of one step, in elements: 1.25 MiB in float32 stays in the second-level caches.
-SCORES_PER_STEP = {"cpu": 5 * 2**16, "other": 2**26}
+
+def _scores_per_cpu_step() -> int:
+    """1.25 times a core's second-level cache in float32; where it is small, calls cost more."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return 5 * max(capabilities.get("l2_cache_size", 0), 2**20) // 16
+
+
+# Scores of one step, in elements.
+SCORES_PER_STEP = {"cpu": _scores_per_cpu_step(), "other": 2**26}
 # Weights that are kept in one piece of memory: 16 MiB in float32. What is larger than 32 MiB the C
 # library takes from the kernel anew each time, which clears every page of it.
 KEPT_TOGETHER = 2**22
@@ -202,11 +209,14 @@ def _attention(
     kept_sizes: Sequence[int] | None,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """The output, and memory of these sizes with each step's weights before dropout in it."""
+    """The output, what `_sides` made, and memory of these sizes with each step's weights in it.
+
+    Weights are those before dropout.
+    """
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
-    key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
-    inputs = _Reader(plan, query, key_values)
+    coarse = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
+    inputs = _Reader(plan, query, [_side_by_side(key, value), *coarse])
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     memory = [query.new_empty(size) for size in kept_sizes or ()]
@@ -225,7 +235,7 @@ def _attention(
             torch.bmm(weight, work.key_value.sides[1], out=work.query.sides[0])
             out_windows.add(step.band, step.images, work.query)
         out_windows.finish_sum(loaded)
-    return [out[0], *memory]
+    return [out[0], *coarse, *memory]
 
 
 def _plan(
@@ -290,8 +300,8 @@ def _sides(
     pool_weights: Sequence[Tensor],
     geometry: FocalGeometry,
 ) -> list[Tensor]:
-    """Keys and values of each level as one tensor `[2, batch, height, width, heads, dim]`."""
-    levels = [_side_by_side(key, value)]
+    """Keys and values of each coarse level as one tensor `[2, batch, rows, cols, heads, dim]`."""
+    levels = []
     for *given, weight in zip(coarse_keys, coarse_values, pool_weights, strict=True):
         coarse = torch.stack(given)
         if len(weight):
@@ -313,8 +323,9 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 @_attention.register_fake
 def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
     *_, kept_sizes, _ = settings
+    coarse = [query.new_empty((2, *keys.shape)) for keys in coarse_keys]
     kept = [query.new_empty(size) for size in kept_sizes or ()]
-    return [torch.empty_like(query, memory_format=torch.contiguous_format), *kept]
+    return [torch.empty_like(query, memory_format=torch.contiguous_format), *coarse, *kept]
 
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
@@ -325,9 +336,8 @@ def _attention_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor,
-    coarse_keys: Sequence[Tensor],
-    coarse_values: Sequence[Tensor],
     pool_weights: Sequence[Tensor],
+    coarse: Sequence[Tensor],
     memory: Sequence[Tensor],
     geometry_code: Sequence[int],
     scale: float,
@@ -337,7 +347,7 @@ def _attention_backward(
 ) -> list[Tensor]:
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
-    key_values = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
+    key_values = [_side_by_side(key, value), *coarse]
     inputs = _Reader(plan, query, key_values)
     biases = None if memory else BandBias(plan, bias.to(query.dtype))
     kept = _Kept(memory)
@@ -390,14 +400,15 @@ def _attention_backward(
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)
     grad_weights = []
-    for grad_coarse, weight in zip(grad_key_values[1:], pool_weights, strict=True):
+    for grads, weight in zip(grad_key_values[1:], pool_weights, strict=True):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         if len(weight):
-            for grad, grad_x, x in zip(grad_coarse, sides[1:], (key, value), strict=True):
+            for grad, grad_x, x in zip(grads, sides[1:], (key, value), strict=True):
                 grad_weight += add_pool_gradient(grad_x, grad, x, weight, geometry)
         grad_weights.append(grad_weight.to(weight.dtype))
-    coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
-    return [grad_maps.to(query.dtype), *coarse, *grad_weights, grad_bias.total().to(bias.dtype)]
+    grad_coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
+    rest = (*grad_coarse, *grad_weights, grad_bias.total().to(bias.dtype))
+    return [grad_maps.to(query.dtype), *rest]
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -> Tensor:
@@ -407,22 +418,20 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, coarse_keys, coarse_values, weights, kept, *settings):
+def _(grad_out, query, key, value, bias, weights, coarse, kept, *settings):
     grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]))
-    coarse = [key.new_empty((2, *key.shape)) for key in coarse_keys]
-    rest = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (*weights, bias)]
-    return [grad_maps, *coarse, *rest]
+    like = (*coarse, *weights, bias)
+    return [grad_maps, *(x.new_empty(x.shape) for x in like)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, bias, coarse_keys, coarse_values, weights, *settings, _, seed = inputs
+    query, key, value, bias, _, _, weights, *settings, _, seed = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # else zeros are made for all that is kept
-    ctx.num_coarse, ctx.num_kept = len(weights), len(kept)
+    ctx.num_coarse = len(weights)
     ctx.settings = settings
-    lists = (*coarse_keys, *coarse_values, *weights)
-    ctx.save_for_backward(query, key, value, bias, seed, *kept, *lists)
+    ctx.save_for_backward(query, key, value, bias, seed, *weights, *kept)
 
 
 def _backward(ctx, grads_out):
@@ -432,10 +441,9 @@ def _backward(ctx, grads_out):
     if grad_out is None:
         return (*(None,) * 4, *([None] * count,) * 3, *none)
     query, key, value, bias, seed, *rest = ctx.saved_tensors
-    kept, rest = rest[: ctx.num_kept], rest[ctx.num_kept :]
-    lists = (rest[:count], rest[count : 2 * count], rest[2 * count :])
+    lists = rest[:count], rest[count : 2 * count], rest[2 * count :]
     grad_maps, *grads, grad_bias = _attention_backward(
-        grad_out, query, key, value, bias, *lists, kept, *ctx.settings, seed
+        grad_out, query, key, value, bias, *lists, *ctx.settings, seed
     )
     coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
     return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
@@ -450,5 +458,5 @@ def _(query, key, value, bias, coarse_keys, coarse_values, weights, code, *setti
 
 
 @register_flop_formula(torch.ops.focal.eager_attention_backward)
-def _(d_out, query, key, value, bias, keys, values, weights, kept, code, *settings, out_shape):
+def _(d_out, query, key, value, bias, weights, coarse, kept, code, *settings, out_shape):
     return backward_flops(query, code)

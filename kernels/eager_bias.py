@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.eager_plan import Band, Plan
+from kernels.eager_shared import with_missing
 
 __all__ = ["BandBias", "BiasGradient"]
 
@@ -20,7 +21,9 @@ class BandBias:
 
     def __init__(self, plan: Plan, bias: Tensor) -> None:
         self._keys = plan.keys
-        self._bias = bias
+        self._queries = bias.shape[1]
+        self._windowed = bias[..., plan.keys.windowed]
+        self._shared = with_missing(bias[..., plan.keys.shared], -torch.inf)
         # A bias of -inf excludes a pair as well, and may leave a query without any key.
         self._excludes = bool(torch.isneginf(bias).any())
         self._dense: dict[tuple[int, int, int, int], tuple[Tensor, Tensor | None]] = {}
@@ -44,16 +47,16 @@ class BandBias:
 
     def _make(self, band: Band) -> Tensor:
         """`[windows, heads, queries, columns]`."""
-        keys, bias = self._keys, self._bias
+        keys, like = self._keys, self._windowed
         windowed = len(keys.windowed)
-        queries = bias.shape[1] if band.pairs is None else band.pairs.pair.shape[1]
-        dense = bias.new_empty(band.num_windows, len(bias), queries, keys.num_columns)
-        if windowed:
-            dense[..., :windowed] = bias[..., keys.windowed]
-            if band.mask is not None:
-                dense[..., :windowed] += band.mask.to(bias.dtype)
+        queries = self._queries if band.pairs is None else band.pairs.pair.shape[1]
+        dense = like.new_empty(band.num_windows, len(like), queries, keys.num_columns)
+        if band.mask is not None:
+            torch.add(like, band.mask.to(like.dtype), out=dense[..., :windowed])
+        elif windowed:
+            dense[..., :windowed] = like
         if band.pairs is not None:
-            dense[..., windowed : keys.num_keys] = band.pairs.spread(bias[..., keys.shared])
+            dense[..., windowed : keys.num_keys] = band.pairs.spread(self._shared)
         dense[..., keys.num_keys :] = -torch.inf
         return dense
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SharedPairs", "shared_pairs"]
+__all__ = ["SharedPairs", "shared_pairs", "with_missing"]
 
 
 @dataclass(frozen=True)
@@ -38,28 +38,29 @@ class SharedPairs:
         """`[windows, heads, queries, cells]` from the bias of shared levels.
 
         Args:
-            bias: `[heads, window_size², keys]`.
+            bias: `[heads, window_size² · keys + 1]`, from `with_missing`.
         """
-        found = _gather(bias, self.pair.flatten(), missing=-torch.inf)
+        found = bias.gather(1, self.pair.flatten().expand(len(bias), -1))
         return found.unflatten(1, self.pair.shape).transpose(0, 1)
 
     def collect(self, grad: Tensor) -> Tensor:
-        """The gradient of what `spread` was given, `[heads, window_size² · keys]`.
+        """The gradient of the bias that `spread` was given, `[heads, window_size² · keys]`.
 
         Args:
             grad: `[windows, heads, queries, cells]`.
         """
-        found = _gather(grad.transpose(0, 1), self.place.flatten(), missing=0.0)
+        padded = with_missing(grad.transpose(0, 1), 0.0)
+        found = padded.gather(1, self.place.flatten().expand(len(padded), -1))
         return found.unflatten(1, self.place.shape).sum(dim=1)
 
 
-def _gather(source: Tensor, index: Tensor, *, missing: float) -> Tensor:
-    """``source.flatten(1)[:, index]``, with ``missing`` for the index one past the end."""
+def with_missing(source: Tensor, missing: float) -> Tensor:
+    """``source.flatten(1)``, with ``missing`` one past the end of every row."""
     size = source[0].numel()
     padded = source.new_empty(len(source), size + 1)
     padded[:, :size].view(source.shape).copy_(source)
     padded[:, size] = missing
-    return padded.gather(1, index.expand(len(source), -1))
+    return padded
 
 
 def shared_pairs(

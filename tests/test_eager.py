@@ -266,9 +266,9 @@ def keeping(monkeypatch):
 
     def spy(*arguments):
         *rest, kept_sizes, seed = arguments
-        out, *kept = attention(*rest, kept_sizes if allowed[0] else None, seed)
-        counts.append(sum(len(x) for x in kept))
-        return [out, *kept]
+        out = attention(*rest, kept_sizes if allowed[0] else None, seed)
+        counts.append(sum(len(x) for x in out[1:] if x.ndim == 1))  # the others are pooled maps
+        return out
 
     monkeypatch.setattr(eager, "_attention", spy)
     return counts, allowed
@@ -308,6 +308,12 @@ def test_weights_are_kept_for_a_gradient_alone(keeping):
         attend(LARGE, tensors, "eager")
     attend(LARGE, {name: x.detach() for name, x in tensors.items()}, "eager")
     assert counts == [0, 0]
+
+
+@pytest.mark.parametrize(("cache", "scores"), [(2**19, 5 * 2**16), (2**21, 5 * 2**17)])
+def test_a_step_on_a_cpu_fits_its_second_level_cache(cache, scores, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"l2_cache_size": cache})
+    assert eager._scores_per_cpu_step() == scores
 
 
 # -- lower precision ------------------------------------------------------------------------------
