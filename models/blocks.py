@@ -15,7 +15,8 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from models.focal_attention import FocalAttention
-from models.layers import ConvEmbed, Mlp, part_size, runs_eagerly_on_cpu
+from models.layers import ConvEmbed, LayerNorm, Mlp, runs_eagerly_on_cpu
+from models.products import part_size
 
 __all__ = ["FocalBlock", "FocalStage"]
 
@@ -50,11 +51,11 @@ class FocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.pre_norm = pre_norm
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()

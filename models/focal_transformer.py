@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernels import BACKENDS, FocalGeometry
 from models.blocks import FocalBlock, FocalStage
 from models.focal_attention import POOLS, FocalAttention, init_linear
-from models.layers import ConvEmbed, resize_map
+from models.layers import ConvEmbed, LayerNorm, resize_map
 from models.settings import (
     Levels,
     PerStage,
@@ -193,7 +193,7 @@ class FocalTransformer(nn.Module):
             {"num_chs": dim, "reduction": patch_size * 2**stage, "module": f"layers.{stage}"}
             for stage, dim in enumerate(dims)
         ]
-        self.norm: nn.Module = nn.LayerNorm(dims[-1])
+        self.norm: nn.Module = LayerNorm(dims[-1])
         self.head = ClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC"
         )

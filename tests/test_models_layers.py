@@ -4,20 +4,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import layers
+from models import layers, products
 from models.focal_attention import _Unbind
-from models.layers import Mlp, part_size
+from models.layers import LayerNorm, Mlp
+from models.products import part_size
 
 
 @pytest.fixture(params=["oneDNN", "BLAS"])
 def small_parts(request, monkeypatch):
     """Parts of a few tokens, with either library's products."""
     if request.param == "BLAS":
-        monkeypatch.setattr(layers, "_ONEDNN_LINEAR", None)
-    elif layers._ONEDNN_LINEAR is None:
+        monkeypatch.setattr(products, "_ONEDNN_LINEAR", None)
+    elif products._ONEDNN_LINEAR is None:
         pytest.skip("this processor takes the BLAS")
-    monkeypatch.setattr(layers, "PART_ROWS", 4)
-    monkeypatch.setitem(layers.part_size.__kwdefaults__, "size", 1)
+    monkeypatch.setattr(products, "PART_ROWS", 4)
+    monkeypatch.setitem(products.part_size.__kwdefaults__, "size", 1)
 
 
 def plain(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ def test_parts_are_whole_units_and_nearly_equal(rows, width, unit):
     size = part_size(rows, width, unit=unit)
     count = -(-rows // size)
     assert size % unit == 0
-    assert size <= max(layers.PART_SIZE // width, layers.PART_ROWS)
+    assert size <= max(products.PART_SIZE // width, products.PART_ROWS)
     assert size * count - rows < count * unit
 
 
@@ -172,3 +173,24 @@ def test_a_compiled_mlp_that_is_no_plain_one_is_compiled_whole(small_parts, fres
     for mlp in (dropping, replaced, low):
         assert "cpu_mlp" not in traced(mlp, x.to(mlp.fc1.weight.dtype))
     assert "cpu_mlp" in traced(dropping.eval(), x)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_layer_norm_operators_are_registered_soundly(grad):
+    tensors = [
+        torch.randn(*x, dtype=torch.float64, requires_grad=grad) for x in ((3, 4, 6), (6,), (6,))
+    ]
+    torch.library.opcheck(torch.ops.focal.cpu_layer_norm.default, (*tensors, 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (0, 6)], ids=str)
+def test_a_compiled_layer_norm_gives_the_same(shape, fresh_compiler):
+    norm = LayerNorm(6).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    expected = F.layer_norm(x, (6,), norm.weight, norm.bias, norm.eps)
+    assert_same_with_gradients(compiled(x), expected, [x, *norm.parameters()])
+    assert "cpu_layer_norm" in traced(norm, x)
+    assert "cpu_layer_norm" not in traced(norm.bfloat16(), x.bfloat16())

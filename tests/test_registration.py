@@ -93,17 +93,13 @@ def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep):
 def test_eager_attention_backward_is_registered_soundly(dtype):
     case = TWO_COARSE
     query, key, value = maps(case, dtype, grad=False)
-    keys, values = (
-        [
-            random(case.batch, *cells, case.heads, case.head_dim, dtype=dtype, grad=False)
-            for cells in coarse_cells(case)
-        ]
-        for _ in range(2)
-    )
+    coarse = [
+        random(2, case.batch, *cells, case.heads, case.head_dim, dtype=dtype, grad=False)
+        for cells in coarse_cells(case)
+    ]
     grad_out = random(*case.shape, dtype=dtype, grad=False)
-    weights = pool_weights(case, dtype, False)
-    coarse = (keys, values, weights)
-    arguments = (grad_out, query, key, value, bias(case, dtype, False), *coarse, [])
+    lists = (pool_weights(case, dtype, False), coarse, [])
+    arguments = (grad_out, query, key, value, bias(case, dtype, False), *lists)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
