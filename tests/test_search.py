@@ -1,6 +1,7 @@
 """The search, with a stand-in for `train.py` that leaves the same files at once."""
 
 import csv
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -26,8 +27,8 @@ SPACE: dict[str, Any] = {
     },
 }
 
-# Its metric is a function of the rate. A file beside the trial's folder, with Python in it, is run
-# between the epochs: it says what happens to a trial.
+# Its metric is a function of the rate, unless `values.json` beside the trial's folder has another. A
+# file there with Python in it is run between the epochs: it says what happens to a trial.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -37,6 +38,9 @@ folder = Path(given["hydra.run.dir"].strip("'"))
 lines = folder / "metrics.jsonl"
 begun = len(lines.read_text().splitlines()) if lines.exists() else 0
 value = 100 - abs(float(given["optimizer.base_lr"]) - 1e-3) * 1000
+values = folder.parent / "values.json"
+if values.exists():
+    value = json.loads(values.read_text()).get(folder.name, value)
 (folder / "given.json").write_text(json.dumps(given))
 for epoch in range(begun + 1, 3):
     line = {"kind": "epoch", "step": epoch, "epoch": epoch, "val_top1": value}
@@ -50,7 +54,7 @@ for epoch in range(begun + 1, 3):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The search's folder; `happens.py` in it says what happens to a trial."""
+    """The search's folder; `happens.py` and `values.json` in it say what happens to a trial."""
     (tmp_path / "train.py").write_text(STAND_IN)
     monkeypatch.setattr(search, "TRAIN", tmp_path / "train.py")
     monkeypatch.setattr(search, "POLL_SECONDS", 0.02)
@@ -141,14 +145,9 @@ def test_a_search_of_which_every_trial_fails_fails(folder: Path) -> None:
 
 
 def test_a_trial_behind_the_median_ends_early(folder: Path) -> None:
-    # A first trial with a fine metric, then ones that are behind and would not end by themselves.
-    (folder / "happens.py").write_text(
-        textwrap.dedent("""
-            if folder.name != "trial_000":
-                lines.write_text(lines.read_text().replace(str(value), "-900.0"))
-                time.sleep(60)
-        """)
-    )
+    # A first trial with a fine metric, then one that is behind and would not end by itself.
+    (folder / "values.json").write_text(json.dumps({"trial_001": -900.0}))
+    (folder / "happens.py").write_text('if folder.name != "trial_000": time.sleep(60)')
     run(folder, pruning={"startup_trials": 1, "warmup_epochs": 0}, trials=2)
     trials = table(folder)
     assert [trial["state"] for trial in trials] == ["complete", "pruned"]
