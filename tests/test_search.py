@@ -27,8 +27,8 @@ SPACE: dict[str, Any] = {
     },
 }
 
-# Its metric is a function of the rate, unless `values.json` beside the trial's folder has another. A
-# file there with Python in it is run between the epochs: it says what happens to a trial.
+# Its metric is a function of the rate, unless `values.json` beside the trial's folder has another.
+# A file there with Python in it is run between the epochs: it says what happens to a trial.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
