@@ -38,6 +38,7 @@ _Result = TypeVar("_Result")
 
 def _scores_per_cpu_step() -> int:
     """1.25 times a core's second-level cache in float32; where it is small, calls cost more."""
+    # Older PyTorch, which GPU machines may have, does not tell: the smallest step then.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return 5 * max(capabilities.get("l2_cache_size", 0), 2**20) // 16
 

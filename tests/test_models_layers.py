@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm import create_model
 from torch.nn import functional as F
 
 from models import layers, products
@@ -194,3 +195,9 @@ def test_a_compiled_layer_norm_gives_the_same(shape, fresh_compiler):
     assert_same_with_gradients(compiled(x), expected, [x, *norm.parameters()])
     assert "cpu_layer_norm" in traced(norm, x)
     assert "cpu_layer_norm" not in traced(norm.bfloat16(), x.bfloat16())
+
+
+def test_every_layer_norm_of_the_model_is_left_to_pytorch():
+    norms = [x for x in create_model("focal_micro").modules() if isinstance(x, torch.nn.LayerNorm)]
+    assert norms
+    assert all(isinstance(norm, LayerNorm) for norm in norms)
