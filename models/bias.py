@@ -75,7 +75,8 @@ class FocalBias(nn.Module):
     def forward(self) -> Tensor:
         """`[heads, window_size², num_keys]`, keys in canonical order."""
         ring = [] if self.ring is None else [self.ring.flatten(1)]
-        tables = [self.window, *ring, *self.coarse]
+        coarse = [self.coarse[level] for level in range(len(self.coarse))]  # as compilers trace it
+        tables = [self.window, *ring, *coarse]
         return torch.cat(tables, dim=1).index_select(1, self.index).view(self.dense_shape)
 
 
