@@ -108,30 +108,30 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
     none = query.new_empty(case.batch, 0, heads, head_dim)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None
     cells = geometry.coarse_starts(*map_size)[-1]
-    coarse_key, coarse_value = (query.new_empty(case.batch, cells, heads, head_dim) for _ in "kv")
+    packed = query.new_empty(2, case.batch, cells, heads, head_dim)
+    coarse = packed[0], packed[1]
     pools, poolings = [], []
     with recording(target, "forward") as launches:
         for level in range(1, len(geometry.levels)):
-            poolings.append(PoolProblem(geometry, tuple(key.shape), dtype, level))
+            shape = tuple(key.shape)
+            poolings.append(PoolProblem(geometry, shape, dtype, target, level))
             weight = torch.empty(geometry.levels[level].subwindow_size ** 2, device="meta")
             offset = torch.empty(heads, head_dim, dtype=dtype, device="meta")
             pools.append(Pool(weight, offset, offset))
-            pooling.launch_pool(key, value, *pools[-1], (coarse_key, coarse_value), poolings[-1])
+            pooling.launch_pool(key, value, pools[-1], coarse, poolings[-1])
         attention = Problem(
             geometry=geometry,
             query_shape=tuple(query.shape),
             dtype=dtype,
-            coarse_key=coarse_key,
-            coarse_value=coarse_value,
             scale=head_dim**-0.5,
             map_size=map_size,
             dropout_p=case.dropout_p,
-            dropout_seed=seed,
+            target=target,
         )
-        out, stats = forward.launch_forward(query, key, value, bias, attention)
+        out, stats = forward.launch_forward(query, key, value, bias, coarse, (), seed, attention)
     with recording(target, "backward") as found:
         grad_maps, _, grad_coarse = backward.launch_backward(
-            out, query, key, value, bias, out, stats, attention
+            out, query, key, value, bias, out, stats, coarse, seed, attention
         )
         grads = grad_maps[:, :, :, 1], grad_maps[:, :, :, 2]
         for problem, pool in zip(poolings, pools, strict=True):
@@ -139,9 +139,11 @@ def record(case: Case, dtype: torch.dtype, target: str) -> list[Launch]:
             pooling.launch_pool_backward(key, value, weight, grad_coarse, grads, problem)
     launches += found
     if pools and pools_inline(geometry, query.shape):
-        inside = replace(attention, coarse_key=none, coarse_value=none, pools=tuple(pools))
+        inside = replace(attention, inline=True)
         with recording(target, "forward, pooling inside") as found:
-            forward.launch_forward(query, key, value, bias, inside)
+            forward.launch_forward(
+                query, key, value, bias, (none, none), tuple(pools), seed, inside
+            )
         launches += found
     return launches
 

@@ -19,15 +19,29 @@ Layouts as in `kernels.forward`; gradients of query, key and value lie side by s
 projection to all three.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.bias_layout import launch_bias
+from kernels.bias_layout import BiasPlan
 from kernels.fold import FOLD_BLOCK, fold_keys_kernel, fold_queries_kernel
 from kernels.gradient_plan import GradientPlan
-from kernels.launch import COPYING_THREADS, Problem, acc_type, token_map, warp_size
+from kernels.launch import (
+    COPYING_THREADS,
+    PLANS,
+    Problem,
+    Strides,
+    acc_type,
+    strides_of,
+    warp_size,
+)
+from kernels.launch_table import Tile
+from kernels.prepared import PreparedLaunch
 from kernels.tiles import (
     exclude,
     image_ptr,
@@ -43,7 +57,7 @@ from kernels.tiles import (
     token_offset,
 )
 
-__all__ = ["launch_backward"]
+__all__ = ["backward_plan", "launch_backward"]
 
 
 @triton.jit
@@ -210,6 +224,117 @@ def gradient_kernel(
     tl.store(sum_ptr, d_bias, mask=inside)
 
 
+class Step(NamedTuple):
+    """The gradients that one level's keys give and get, and where they are summed."""
+
+    gradient: PreparedLaunch
+    fold_keys: PreparedLaunch
+    fine: bool
+
+
+class Round(NamedTuple):
+    """Launches for the images whose parts the workspace holds at a time."""
+
+    steps: list[Step]
+    fold_queries: PreparedLaunch
+
+
+class BackwardPlan:
+    """Launches of the backward pass.
+
+    Args:
+        problem: The call.
+        tile: Its launch configuration.
+        maps: Strides of query, key, value and the gradient of the output.
+        bias: Strides of the bias.
+    """
+
+    def __init__(
+        self, problem: Problem, tile: Tile, maps: tuple[Strides, ...], bias: Strides
+    ) -> None:
+        self._problem = problem
+        batch, rows, cols, heads, head_dim = problem.query_shape
+        self.fused_shape = (batch, rows, cols, 3, heads, head_dim)
+        fused = torch.empty(self.fused_shape, device="meta")
+        self._grad = fused.unbind(3)[0].stride()[:4]  # of each of its three maps
+        self.gradients = GradientPlan(problem, tile, (*maps, self._grad))
+        self.bias = BiasPlan(self.gradients.shape, tile.block_m, heads, bias, problem.dtype)
+        self._read = dict(zip(("query", "key", "value", "grad_out"), maps, strict=True))
+        self.delta_shape = (batch, problem.num_windows, heads, problem.geometry.num_queries)
+        programs = batch * problem.num_windows * self.gradients.query_blocks
+        self.delta = self._prepare(
+            (programs, heads), self._read, BLOCK_M=tile.block_m, **problem.options(tile)
+        )
+        self.rounds = [self._round(images) for images in self.gradients.chunks()]
+
+    def _prepare(
+        self, grid: tuple[int, ...], strides: Mapping[str, Strides], **constants: Any
+    ) -> PreparedLaunch:
+        common = {
+            "size": self._problem.size,
+            "S": self.gradients.shape,
+            "ACC_TYPE": acc_type(self._problem.dtype),
+        }
+        return PreparedLaunch(grid, strides, {**common, **constants})
+
+    def _round(self, images: range) -> Round:
+        plan, tile = self.gradients, self.gradients.tile
+        first_item = images.start * self._problem.num_windows
+        items, heads = len(images) * self._problem.num_windows, self._problem.query_shape[3]
+        steps = []
+        for part in plan.levels:
+            gradient = self._prepare(
+                (part.tiles * plan.query_blocks, heads, plan.groups),
+                self._read,
+                first_item=first_item,
+                num_items=items,
+                items_per_program=-(-items // plan.groups),
+                first_tile=part.first_tile,
+                num_tiles=plan.num_tiles,
+                level_start=part.start,
+                L=part.level,
+                BLOCK_M=tile.block_m,
+                **self._problem.options(tile, part.level.block),
+            )
+            written = self._grad if part.level.fine else self._coarse
+            fold = self._prepare(
+                (-(-part.cells // FOLD_BLOCK), heads, len(images)),
+                {"grad_key": written, "grad_value": written},
+                first_batch=images.start,
+                count=part.cells,
+                level_start=part.start,
+                L=part.level,
+                BLOCKS=plan.query_blocks,
+                BLOCK=FOLD_BLOCK,
+                num_warps=COPYING_THREADS // warp_size(self._problem.target),
+            )
+            steps.append(Step(gradient, fold, fine=part.level.fine))
+        fold_queries = self._prepare(
+            (items * plan.query_blocks, heads),
+            {"grad": self._grad},
+            first_item=first_item,
+            NUM_TILES=plan.num_tiles,
+            BLOCK_M=tile.block_m,
+            num_warps=tile.num_warps,
+        )
+        return Round(steps, fold_queries)
+
+    @property
+    def _coarse(self) -> Strides:
+        """Packed maps `[batch, cells, heads, head_dim]` count as maps of one row."""
+        heads, head_dim = self._problem.query_shape[3:]
+        row = self._problem.size.coarse_cells * heads * head_dim
+        return row, row, heads * head_dim, head_dim
+
+
+@lru_cache(maxsize=PLANS)
+def backward_plan(
+    problem: Problem, tile: Tile, maps: tuple[Strides, ...], bias: Strides
+) -> BackwardPlan:
+    """The plan of a call; calls that are alike share it."""
+    return BackwardPlan(problem, tile, maps, bias)
+
+
 def launch_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -218,99 +343,68 @@ def launch_backward(
     bias: Tensor,
     out: Tensor,
     stats: Tensor,
+    coarse: tuple[Tensor, Tensor],
+    seed: Tensor | None,
     problem: Problem,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Run the backward kernels.
 
     Args:
         grad_out: Gradient of ``out``; last axis contiguous.
-        query: As for `launch_forward`; so are key, value and bias.
+        query: As for `launch_forward`; so are key, value, bias, coarse and seed.
         key: as there.
         value: as there.
         bias: as there.
         out: What forward returned.
         stats: What forward returned.
-        problem: Sizes and coarse maps of this call.
+        coarse: as there.
+        seed: as there.
+        problem: What else the call depends on.
 
     Returns:
         Gradients of query, key and value as attended, `[batch, height, width, 3, heads, head_dim]`,
         of the bias, and of the packed coarse keys and values.
     """
-    fused = (*query.shape[:3], 3, *query.shape[3:])
-    grad_maps = torch.empty(fused, dtype=query.dtype, device=query.device)
-    grad_query, grad_key, grad_value = grad_maps.unbind(3)
-    grad_coarse = torch.empty_like(problem.coarse_key), torch.empty_like(problem.coarse_value)
+    maps = strides_of(query, key, value, grad_out)
+    plan = backward_plan(problem, problem.tile("gradient"), maps, bias.stride())
+    grad_maps = torch.empty(plan.fused_shape, dtype=query.dtype, device=query.device)
+    grad_query, *fine = grad_maps.unbind(3)
+    grad_coarse = torch.empty_like(coarse[0]), torch.empty_like(coarse[1])
     if query.numel() == 0:
         return grad_maps, torch.zeros_like(bias), grad_coarse
-    plan = GradientPlan(problem, query, key, value, grad_out, grad_query)
-    tile, shape = plan.tile, plan.shape
-    windows, heads = problem.num_windows, query.shape[3]
-    common = {"size": problem.size, "S": shape, "ACC_TYPE": acc_type(query.dtype)}
-    options = problem.options(tile)
-    delta = stats.new_empty(stats.shape[:3] + stats.shape[4:])
+    delta = stats.new_empty(plan.delta_shape)
     inputs = {
-        "query": token_map(query),
-        "key": token_map(key),
-        "value": token_map(value),
-        "grad_out": token_map(grad_out),
-        "coarse_k_ptr": problem.coarse_key,
-        "coarse_v_ptr": problem.coarse_value,
-        "bias_ptr": launch_bias(bias, problem, shape, tile.block_m),
+        "query": query,
+        "key": key,
+        "value": value,
+        "grad_out": grad_out,
+        "coarse_k_ptr": coarse[0],
+        "coarse_v_ptr": coarse[1],
+        "bias_ptr": plan.bias.launch(bias),
         "stats_ptr": stats,
         "delta_ptr": delta,
-        "seed_ptr": problem.seed_ptr,
-        **common,
+        "seed_ptr": stats if seed is None else seed,
     }
-    delta_kernel[(query.shape[0] * windows * plan.query_blocks, heads)](
-        **inputs,
-        out_ptr=out,
-        BLOCK_M=tile.block_m,
-        **options,
-    )
-    query_part, key_part, value_part = plan.workspace(query)
-    bias_part = stats.new_zeros(plan.groups, *bias.shape)
-    coarse_rows = [x.unsqueeze(1) for x in grad_coarse]  # maps of one row
-    for images in plan.chunks():
-        items = len(images) * windows
-        for part in plan.levels:
-            gradient_kernel[(part.tiles * plan.query_blocks, heads, plan.groups)](
+    plan.delta(delta_kernel, **inputs, out_ptr=out)
+    query_part, key_part, value_part = plan.gradients.workspace(query)
+    bias_part = stats.new_zeros(plan.gradients.groups, *bias.shape)
+    for some in plan.rounds:
+        for step in some.steps:
+            step.gradient(
+                gradient_kernel,
                 **inputs,
                 query_part_ptr=query_part,
                 key_part_ptr=key_part,
                 value_part_ptr=value_part,
                 bias_part_ptr=bias_part,
-                first_item=images.start * windows,
-                num_items=items,
-                items_per_program=-(-items // plan.groups),
-                first_tile=part.first_tile,
-                num_tiles=plan.num_tiles,
-                level_start=part.start,
-                L=part.level,
-                BLOCK_M=tile.block_m,
-                **problem.options(tile, part.level.block),
             )
-            grads = (grad_key, grad_value) if part.level.fine else coarse_rows
-            fold_keys_kernel[(-(-part.cells // FOLD_BLOCK), heads, len(images))](
+            grad_key, grad_value = fine if step.fine else grad_coarse
+            step.fold_keys(
+                fold_keys_kernel,
                 key_part_ptr=key_part,
                 value_part_ptr=value_part,
-                grad_key=token_map(grads[0]),
-                grad_value=token_map(grads[1]),
-                first_batch=images.start,
-                count=part.cells,
-                level_start=part.start,
-                **common,
-                L=part.level,
-                BLOCKS=plan.query_blocks,
-                BLOCK=FOLD_BLOCK,
-                num_warps=COPYING_THREADS // warp_size(query.device),
+                grad_key=grad_key,
+                grad_value=grad_value,
             )
-        fold_queries_kernel[(items * plan.query_blocks, heads)](
-            part_ptr=query_part,
-            grad=token_map(grad_query),
-            first_item=images.start * windows,
-            **common,
-            NUM_TILES=plan.num_tiles,
-            BLOCK_M=tile.block_m,
-            num_warps=tile.num_warps,
-        )
+        some.fold_queries(fold_queries_kernel, part_ptr=query_part, grad=grad_query)
     return grad_maps, bias_part.sum(0).to(bias.dtype), grad_coarse

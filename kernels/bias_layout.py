@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Problem, sum_dtype
+from kernels.launch import Strides, sum_dtype
+from kernels.prepared import PreparedLaunch
 from kernels.tiles import Shape
 
-__all__ = ["launch_bias"]
+__all__ = ["BiasPlan"]
 
 
 @triton.jit
@@ -53,30 +54,42 @@ def bias_kernel(
     tl.store(target, tl.where(is_key, bias, -float("inf")))
 
 
-def launch_bias(bias: Tensor, problem: Problem, shape: Shape, block_m: int) -> Tensor:
-    """Lay out the bias for the kernel that reads it.
+class BiasPlan:
+    """How a kernel's bias is laid out.
 
     Args:
-        bias: `[heads, window², num_keys]`.
-        problem: The call.
         shape: Of the kernel that reads it.
         block_m: Queries of its tiles.
-
-    Returns:
-        See the top of this file; float32, or float64 for float64.
+        heads: Heads of the bias.
+        strides: Of the bias.
+        dtype: Of query, key and value.
     """
-    heads = bias.shape[0]
-    blocks, groups = shape.m_pad // block_m, shape.n_pad // 8
-    sizes = (heads, blocks, groups, block_m // 16, 8, 4, 2, 2)
-    layout = torch.empty(sizes, dtype=sum_dtype(problem.dtype), device=bias.device)
-    bias_kernel[(blocks * groups, heads)](
-        bias_ptr=bias,
-        stride_h=bias.stride(0),
-        stride_m=bias.stride(1),
-        stride_n=bias.stride(2),
-        layout_ptr=layout,
-        S=shape,
-        BLOCK_M=block_m,
-        num_warps=4,
-    )
-    return layout
+
+    def __init__(
+        self, shape: Shape, block_m: int, heads: int, strides: Strides, dtype: torch.dtype
+    ) -> None:
+        blocks, groups = shape.m_pad // block_m, shape.n_pad // 8
+        self._sizes = (heads, blocks, groups, block_m // 16, 8, 4, 2, 2)
+        self._dtype = sum_dtype(dtype)
+        constants = {
+            "stride_h": strides[0],
+            "stride_m": strides[1],
+            "stride_n": strides[2],
+            "S": shape,
+            "BLOCK_M": block_m,
+            "num_warps": 4,
+        }
+        self._launch = PreparedLaunch((blocks * groups, heads), {}, constants)
+
+    def launch(self, bias: Tensor) -> Tensor:
+        """Lay out a bias.
+
+        Args:
+            bias: `[heads, window², num_keys]`, with the strides of the plan.
+
+        Returns:
+            See the top of this file; float32, or float64 for float64.
+        """
+        layout = torch.empty(self._sizes, dtype=self._dtype, device=bias.device)
+        self._launch(bias_kernel, bias_ptr=bias, layout_ptr=layout)
+        return layout

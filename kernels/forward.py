@@ -18,14 +18,28 @@ Saved for backward: each query's largest score in base 2 and one over its sum of
 exponentials, would lose the digits of large scores to rounding.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.bias_layout import launch_bias
-from kernels.launch import Problem, acc_type, cut_with_tail, token_map
+from kernels.bias_layout import BiasPlan
+from kernels.launch import (
+    PLANS,
+    Problem,
+    Strides,
+    acc_type,
+    cut_with_tail,
+    stats_shape,
+    strides_of,
+    sum_dtype,
+)
+from kernels.launch_table import Tile
+from kernels.prepared import PreparedLaunch
 from kernels.tiles import (
+    Pool,
     exclude,
     image_ptr,
     keep_mask,
@@ -42,7 +56,7 @@ from kernels.tiles import (
     token_offset,
 )
 
-__all__ = ["forward_kernel", "launch_forward"]
+__all__ = ["forward_kernel", "forward_plan", "launch_forward"]
 
 
 @triton.jit
@@ -140,8 +154,57 @@ def forward_kernel(
     tl.store(stats + S.num_queries, inverse, mask=m < S.num_queries)
 
 
+class ForwardPlan:
+    """Launches of the forward pass.
+
+    Args:
+        problem: The call.
+        tile: Its launch configuration.
+        maps: Strides of query, key and value.
+        bias: Strides of the bias.
+    """
+
+    def __init__(
+        self, problem: Problem, tile: Tile, maps: tuple[Strides, ...], bias: Strides
+    ) -> None:
+        geometry, dtype = problem.geometry, problem.dtype
+        batch, _, _, heads, _ = problem.query_shape
+        cuts = [
+            cut_with_tail(keys, tile.block_n, problem.least_keys(tile, level))
+            for level, keys in enumerate(geometry.keys_per_level)
+        ]
+        shape = problem.shape(cuts, tile.block_m, maps)
+        self.stats_shape = stats_shape(geometry, problem.query_shape)
+        self.bias = BiasPlan(shape, tile.block_m, heads, bias, dtype)
+        constants = {
+            "size": problem.size,
+            "S": shape,
+            "BLOCK_M": tile.block_m,
+            "ACC_TYPE": acc_type(dtype),
+            **problem.options(tile),
+        }
+        programs = batch * problem.num_windows * shape.m_pad // tile.block_m
+        strides = dict(zip(("query", "key", "value"), maps, strict=True))
+        self.attend = PreparedLaunch((programs, heads), strides, constants)
+
+
+@lru_cache(maxsize=PLANS)
+def forward_plan(
+    problem: Problem, tile: Tile, maps: tuple[Strides, ...], bias: Strides
+) -> ForwardPlan:
+    """The plan of a call; calls that are alike share it."""
+    return ForwardPlan(problem, tile, maps, bias)
+
+
 def launch_forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, problem: Problem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    coarse: tuple[Tensor, Tensor],
+    pools: tuple[Pool, ...],
+    seed: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor]:
     """Run the forward kernel.
 
@@ -149,39 +212,35 @@ def launch_forward(
         query: `[batch, height, width, heads, head_dim]`, last axis contiguous.
         key: as ``query``.
         value: as ``query``.
-        bias: `[heads, window_size², num_keys]`.
-        problem: Sizes, coarse maps and tile sizes of this call.
+        bias: `[heads, window², num_keys]`.
+        coarse: Packed pooled keys and values, `[batch, coarse_cells, heads, head_dim]`.
+        pools: Weights and offsets of every coarse level where the kernel pools them, else none.
+        seed: Dropout's, int64 `[1]`, or None without dropout.
+        problem: What else the call depends on.
 
     Returns:
         ``out`` as ``query`` and contiguous, and the statistics that backward needs,
         `[batch, windows, heads, 2, window²]`: largest score (base 2), one over the sum.
     """
+    plan = forward_plan(
+        problem, problem.tile("forward"), strides_of(query, key, value), bias.stride()
+    )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    stats = problem.new_stats(query)
+    stats = torch.empty(plan.stats_shape, dtype=sum_dtype(query.dtype), device=query.device)
     if query.numel() == 0:
         return out, stats
-    tile = problem.tile("forward")
-    levels = problem.levels(
-        cut_with_tail(keys, tile.block_n, problem.least_keys(tile, level))
-        for level, keys in enumerate(problem.geometry.keys_per_level)
-    )
-    shape = problem.shape(levels, tile.block_m, query, key, value)
-    items = query.shape[0] * problem.num_windows
-    forward_kernel[(items * shape.m_pad // tile.block_m, query.shape[3])](
-        query=token_map(query),
-        key=token_map(key),
-        value=token_map(value),
-        coarse_k_ptr=problem.coarse_key,
-        coarse_v_ptr=problem.coarse_value,
-        pools=problem.pool_arguments,
-        bias_ptr=launch_bias(bias, problem, shape, tile.block_m),
+    unread = Pool(out, out, out)  # any pointers, where no kernel reads them
+    plan.attend(
+        forward_kernel,
+        query=query,
+        key=key,
+        value=value,
+        coarse_k_ptr=coarse[0],
+        coarse_v_ptr=coarse[1],
+        pools=(unread, *(pools or (unread,) * (len(problem.geometry.levels) - 1))),
+        bias_ptr=plan.bias.launch(bias),
         out_ptr=out,
         stats_ptr=stats,
-        seed_ptr=problem.seed_ptr,
-        size=problem.size,
-        S=shape,
-        BLOCK_M=tile.block_m,
-        ACC_TYPE=acc_type(query.dtype),
-        **problem.options(tile),
+        seed_ptr=stats if seed is None else seed,
     )
     return out, stats

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from kernels.launch import Problem, cut_evenly
+from kernels.launch import Problem, Strides, cut_evenly
+from kernels.launch_table import Tile
 from kernels.tiles import Level
 
 __all__ = ["GradientPlan"]
@@ -39,20 +40,18 @@ class GradientPlan:
 
     Args:
         problem: The call.
-        maps: Query, key, value and other maps that the kernels take by their strides.
+        tile: Its launch configuration.
+        maps: Strides of query, key, value and other maps that the kernels read or write.
     """
 
-    def __init__(self, problem: Problem, *maps: Tensor) -> None:
-        self.problem = problem
-        self.tile = problem.tile("gradient")
+    def __init__(self, problem: Problem, tile: Tile, maps: Sequence[Strides]) -> None:
+        self.problem, self.tile = problem, tile
         geometry, (height, width) = problem.geometry, problem.query_shape[1:3]
-        levels = problem.levels(
-            cut_evenly(keys, self.tile.block_n) for keys in geometry.keys_per_level
-        )
-        self.shape = problem.shape(levels, self.tile.block_m, *maps)
+        cuts = [cut_evenly(keys, tile.block_n) for keys in geometry.keys_per_level]
+        self.shape = problem.shape(cuts, tile.block_m, maps)
         self.levels: list[GradientLevel] = []
         first_tile = start = 0
-        for index, level in enumerate(levels):
+        for index, level in enumerate(self.shape.levels):
             tiles = level.full // level.block
             cells = math.prod(geometry.map_cells(index, height, width))
             self.levels.append(GradientLevel(level, tiles, first_tile, start, cells))

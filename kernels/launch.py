@@ -1,11 +1,12 @@
-"""From tensors to a launch: tile sizes by head and device, padded biases, argument bundles."""
+"""What launches are made of: tile sizes by head and device, compile-time and run-time sizes."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,22 @@ from torch import Tensor
 from kernels.dropout import keep_threshold
 from kernels.geometry import FocalGeometry
 from kernels.launch_table import ANY_TARGET, TABLE, Tile
-from kernels.tiles import Level, Pool, Shape, Size, TokenMap
+from kernels.tiles import Level, Shape, Size
 
 __all__ = [
     "Problem",
     "device_target",
     "pick_tile",
     "pools_inline",
+    "stats_shape",
+    "strides_of",
     "sum_dtype",
     "tile_side",
-    "token_map",
 ]
 
+Strides = tuple[int, ...]  # of a map's batch, rows, columns and heads
+
+PLANS = 256  # kept of each kind: a model of a few sizes needs one for each stage and size
 LOG2E = 1.4426950408889634
 FLOAT64_TILE = Tile(64, 64, 4, 1)  # float64 runs under the interpreter alone, where fewer is faster
 LEAST_SIDE = 16  # of a tile that a tensor core takes
@@ -52,8 +57,8 @@ def pick_tile(
     else:
         key = (kernel, tile_side(head_dim), dtype.itemsize)
         tile = TABLE.get((*key, target)) or TABLE.get((*key, ANY_TARGET), LARGEST_HEAD_TILE)
-    block_m = min(tile.block_m, tile_side(num_queries))
-    return replace(tile, block_m=block_m)
+    side = tile_side(num_queries)
+    return tile if tile.block_m <= side else replace(tile, block_m=side)
 
 
 @lru_cache
@@ -67,9 +72,9 @@ def device_target(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def warp_size(device: torch.device) -> int:
-    """Threads of a warp."""
-    return 64 if device_target(device).startswith("gfx") else 32
+def warp_size(target: str) -> int:
+    """Threads of a warp of an architecture."""
+    return 64 if target.startswith("gfx") else 32
 
 
 def tile_side(count: int) -> int:
@@ -89,7 +94,6 @@ class Cut(NamedTuple):
     tail: tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=1024)
 def cut_with_tail(keys: int, block: int, least: int) -> Cut:
     """Whole tiles, then smaller ones, powers of two from ``least`` up: least padding."""
     start = full = keys // block * block
@@ -102,7 +106,6 @@ def cut_with_tail(keys: int, block: int, least: int) -> Cut:
     return Cut(block, full, tuple(tail))
 
 
-@lru_cache(maxsize=1024)
 def cut_evenly(keys: int, block: int) -> Cut:
     """Tiles of one size, at most ``block``: programs of one kernel can share them out."""
     block = min(block, tile_side(keys))
@@ -114,9 +117,9 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def token_map(tensor: Tensor) -> TokenMap:
-    """The kernels' view of a map; only its last axis must be contiguous."""
-    return TokenMap(tensor, *tensor.stride()[:4])
+def strides_of(*maps: Tensor) -> tuple[Strides, ...]:
+    """All but the last axis, which is contiguous, of maps that the kernels take as `TokenMap`."""
+    return tuple(x.stride()[:4] for x in maps)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,25 +132,14 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def offsets_fit(*maps: Tensor) -> bool:
-    """Whether 32 bits hold every offset inside one image of these maps."""
-    return all(_small(x) or _last_offset(x) < 2**31 for x in maps)
+def offsets_fit(shape: Sequence[int], maps: Iterable[Strides]) -> bool:
+    """Whether 32 bits hold every offset inside one image of maps of this shape."""
+    sides = [side - 1 for side in shape[1:4]]
+    rows = (sum(map(operator.mul, sides, strides[1:])) for strides in maps)
+    return all(row + shape[4] <= 2**31 for row in rows)
 
 
-def _small(x: Tensor) -> bool:
-    """Whether all the memory behind a map is within 32 bits: told sooner than its last offset."""
-    return x.untyped_storage().nbytes() <= 2**31
-
-
-def _last_offset(x: Tensor) -> int:
-    return sum(
-        (size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)
-    )
-
-
-# A model asks for the same few every time, and launching kernels is what a small batch waits for.
-@lru_cache(maxsize=1024)
-def _levels(geometry: FocalGeometry, cuts: tuple[Cut, ...], *, inline: bool) -> tuple[Level, ...]:
+def _levels(geometry: FocalGeometry, cuts: Iterable[Cut], *, inline: bool) -> tuple[Level, ...]:
     levels, first, column = [], 0, 0
     for index, cut in enumerate(cuts):
         spec = geometry.levels[index]
@@ -167,83 +159,42 @@ def _levels(geometry: FocalGeometry, cuts: tuple[Cut, ...], *, inline: bool) -> 
     return tuple(levels)
 
 
-@lru_cache(maxsize=1024)
-def _shape(
-    *,
-    geometry: FocalGeometry,
-    levels: tuple[Level, ...],
-    size: Size,
-    head_dim: int,
-    block_m: int,
-    fits: bool,
-    same_strides: bool,
-    precision: str,
-    scale: float,
-    dropout_p: float,
-) -> Shape:
-    image = size.pad_h * size.pad_w * size.num_heads * head_dim
-    return Shape(
-        window=geometry.window_size,
-        levels=levels,
-        num_queries=geometry.num_queries,
-        num_keys=geometry.num_keys,
-        shift=geometry.shift,
-        wrap=geometry.boundary == "wrap",
-        one_period=geometry.margin(0) + geometry.shift <= min(size.pad_h, size.pad_w),
-        even=(size.height, size.width) == (size.pad_h, size.pad_w) == (size.map_h, size.map_w),
-        narrow=fits and image < 2**31,
-        same_strides=same_strides,
-        head_dim=head_dim,
-        block_d=tile_side(head_dim),
-        m_pad=_round_up(geometry.num_queries, block_m),
-        n_pad=levels[-1].column + levels[-1].width,
-        precision=precision,
-        score_factor=scale * LOG2E,
-        scale=scale,
-        drop_threshold=keep_threshold(dropout_p),
-        keep_factor=1.0 / (1.0 - dropout_p),
-    )
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One call of the operator: everything that its kernels are launched with.
+    """What a call's launches depend on but for its tensors: calls that agree in it share plans.
 
     Args:
         geometry: Window, levels, boundary and shift.
         query_shape: `(batch, height, width, heads, head_dim)`.
         dtype: Of query, key, value and out.
-        coarse_key: Packed pooled keys `[batch, coarse_cells, heads, head_dim]`.
-        coarse_value: Packed pooled values.
         scale: Factor on the scores, positive.
         map_size: Rows and columns that hold real tokens.
         dropout_p: Probability that a weight is dropped.
-        dropout_seed: int64 `[1]`, or None without dropout.
-        pools: Weights and offsets of every coarse level, where the attention kernel pools them; the
-            packed maps are then empty.
+        target: Architecture, as `device_target` names it.
+        inline: Coarse levels are pooled in the attention kernel; there are no packed maps then.
+        precision: See `float32_precision`.
     """
 
     geometry: FocalGeometry
     query_shape: tuple[int, ...]
     dtype: torch.dtype
-    coarse_key: Tensor
-    coarse_value: Tensor
     scale: float
     map_size: tuple[int, int]
     dropout_p: float
-    dropout_seed: Tensor | None
-    pools: tuple[Pool, ...] = ()
+    target: str
+    inline: bool = False
+    precision: str = field(default_factory=float32_precision)
 
     def tile(self, kernel: str) -> Tile:
         """Tile sizes and launch options of a kernel."""
-        target = device_target(self.coarse_key.device)
-        return pick_tile(kernel, self.query_shape[4], self.dtype, self.geometry.num_queries, target)
+        head_dim, queries = self.query_shape[4], self.geometry.num_queries
+        return pick_tile(kernel, head_dim, self.dtype, queries, self.target)
 
     def least_keys(self, tile: Tile, level: int) -> int:
         """Keys of a level's smallest tile: 16 bytes of it for each thread that loads it."""
-        if level > 0 and self.pools:  # not keys but whole tiles of tokens are loaded
+        if level > 0 and self.inline:  # not keys but whole tiles of tokens are loaded
             return LEAST_SIDE
-        threads = tile.num_warps * warp_size(self.coarse_key.device)
+        threads = tile.num_warps * warp_size(self.target)
         return max(LEAST_SIDE, min(tile.block_n, threads * WIDEST_ACCESS // self.row_bytes))
 
     @property
@@ -259,74 +210,72 @@ class Problem:
             keys: Of its only tile, if that may be too small for 16 bytes to every thread: it then
                 takes fewer warps.
         """
-        warps, target = tile.num_warps, device_target(self.coarse_key.device)
+        warps = tile.num_warps
         if keys is not None:
             threads = keys * self.row_bytes // WIDEST_ACCESS
-            warps = max(1, min(warps, threads // warp_size(self.coarse_key.device)))
+            warps = max(1, min(warps, threads // warp_size(self.target)))
         options = {"num_warps": warps, "num_stages": tile.num_stages}
-        if warps < tile.num_warps and target.startswith("sm_"):
+        if warps < tile.num_warps and self.target.startswith("sm_"):
             # Else the compiler aims at more blocks than it has registers for, and spills.
             options["maxnreg"] = 255
-        if target.startswith("gfx"):
+        if self.target.startswith("gfx"):
             # AMD's matrix instructions are 32 or 16 rows high: four warps share 64 rows only by 16,
             # and would make every product twice by 32.
             options["matrix_instr_nonkdim"] = 16
         return options
 
-    def shape(self, levels: tuple[Level, ...], block_m: int, *maps: Tensor) -> Shape:
+    def shape(self, cuts: Iterable[Cut], block_m: int, maps: Sequence[Strides]) -> Shape:
         """Compile-time settings.
 
         Args:
-            levels: How each level's keys are cut into tiles.
+            cuts: How each level's keys are cut into tiles.
             block_m: Queries of a tile.
-            maps: Query, key, value and other maps that the kernels read through strides.
+            maps: Strides of query, key, value and other maps that the kernels read.
         """
-        key, value = maps[1:3]
-        return _shape(
-            geometry=self.geometry,
+        geometry, size, head_dim = self.geometry, self.size, self.query_shape[4]
+        levels = _levels(geometry, cuts, inline=self.inline)
+        image = size.pad_h * size.pad_w * size.num_heads * head_dim
+        return Shape(
+            window=geometry.window_size,
             levels=levels,
-            size=self.size,
-            head_dim=self.query_shape[4],
-            block_m=block_m,
-            fits=offsets_fit(*maps),
-            same_strides=key.stride()[1:] == value.stride()[1:],
-            precision=float32_precision(),
+            num_queries=geometry.num_queries,
+            num_keys=geometry.num_keys,
+            shift=geometry.shift,
+            wrap=geometry.boundary == "wrap",
+            one_period=geometry.margin(0) + geometry.shift <= min(size.pad_h, size.pad_w),
+            even=(size.height, size.width) == (size.pad_h, size.pad_w) == (size.map_h, size.map_w),
+            narrow=offsets_fit(self.query_shape, maps) and image < 2**31,
+            same_strides=maps[1][1:] == maps[2][1:],
+            head_dim=head_dim,
+            block_d=tile_side(head_dim),
+            m_pad=_round_up(geometry.num_queries, block_m),
+            n_pad=levels[-1].column + levels[-1].width,
+            precision=self.precision,
+            score_factor=self.scale * LOG2E,
             scale=self.scale,
-            dropout_p=self.dropout_p,
+            drop_threshold=keep_threshold(self.dropout_p),
+            keep_factor=1.0 / (1.0 - self.dropout_p),
         )
 
-    def levels(self, cuts: Iterable[Cut]) -> tuple[Level, ...]:
-        """Each level's sizes; ``cuts`` says how its keys are cut into tiles."""
-        return _levels(self.geometry, tuple(cuts), inline=bool(self.pools))
-
-    @cached_property
+    @property
     def num_windows(self) -> int:
         """Windows of one image."""
         return math.prod(self.geometry.num_windows(*self.query_shape[1:3]))
 
-    def new_stats(self, like: Tensor) -> Tensor:
-        """Empty `[batch, windows, heads, 2, window²]`: two numbers per query."""
-        batch, _, _, heads, _ = self.query_shape
-        sizes = (batch, self.num_windows, heads, 2, self.geometry.num_queries)
-        return torch.empty(sizes, dtype=sum_dtype(self.dtype), device=like.device)
-
-    @cached_property
+    @property
     def size(self) -> Size:
         """Run-time sizes."""
         _, height, width, heads, _ = self.query_shape
         padded = self.geometry.padded_size(height, width)
-        return Size(height, width, *padded, *self.map_size, heads, self.coarse_key.shape[1])
+        cells = 0 if self.inline else self.geometry.coarse_starts(height, width)[-1]
+        return Size(height, width, *padded, *self.map_size, heads, cells)
 
-    @property
-    def seed_ptr(self) -> Tensor:
-        """The dropout seed; without dropout no kernel reads it, and any pointer serves."""
-        return self.coarse_key if self.dropout_seed is None else self.dropout_seed
 
-    @property
-    def pool_arguments(self) -> tuple[Pool, ...]:
-        """A `Pool` per level; those that no kernel reads hold any pointer."""
-        unread = Pool(self.coarse_key, self.coarse_key, self.coarse_key)
-        return (unread, *(self.pools or (unread,) * (len(self.geometry.levels) - 1)))
+def stats_shape(geometry: FocalGeometry, query_shape: Sequence[int]) -> tuple[int, ...]:
+    """`(batch, windows, heads, 2, window²)`: two numbers per query that backward needs."""
+    batch, height, width, heads, _ = query_shape
+    windows = math.prod(geometry.num_windows(height, width))
+    return batch, windows, heads, 2, geometry.num_queries
 
 
 # Thread-instructions that pooling in the attention kernel spends on a token, and those that a large

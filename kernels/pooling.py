@@ -16,7 +16,7 @@ program and then over programs.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,14 +27,18 @@ from torch import Tensor
 from kernels.geometry import FocalGeometry
 from kernels.launch import (
     COPYING_THREADS,
+    PLANS,
+    Strides,
     acc_type,
     offsets_fit,
+    strides_of,
     sum_dtype,
     tile_side,
-    token_map,
     warp_size,
 )
+from kernels.prepared import PreparedLaunch
 from kernels.tiles import (
+    Pool,
     PoolShape,
     Size,
     image_ptr,
@@ -46,7 +50,7 @@ from kernels.tiles import (
     unroll,
 )
 
-__all__ = ["PoolProblem", "launch_pool", "launch_pool_backward"]
+__all__ = ["PoolProblem", "launch_pool", "launch_pool_backward", "pool_plan"]
 
 
 @triton.jit
@@ -133,67 +137,72 @@ def pool_backward_kernel(
 
 @dataclass(frozen=True)
 class PoolProblem:
-    """One call of sub-window pooling: everything that its kernels are launched with.
+    """What sub-window pooling depends on but for its tensors.
 
     Args:
         geometry: Window, levels, boundary and shift.
         shape: `(batch, height, width, heads, head_dim)` of the map.
         dtype: Of the map.
+        target: Architecture, as `launch.device_target` names it.
         level: The coarse level that is pooled.
     """
 
     geometry: FocalGeometry
     shape: tuple[int, ...]
     dtype: torch.dtype
+    target: str
     level: int
 
     BLOCK = 32  # cells of a tile
 
-    @cached_property
-    def starts(self) -> list[int]:
-        """See `FocalGeometry.coarse_starts`."""
-        return self.geometry.coarse_starts(*self.shape[1:3])
-
-    @property
-    def num_cells(self) -> int:
-        """Cells of the level in one image."""
-        return self.starts[self.level] - self.starts[self.level - 1]
-
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles of the cells of all images, heads."""
-        return -(-self.shape[0] * self.num_cells // self.BLOCK), self.shape[3]
+        return -(-self.arguments["count"] // self.BLOCK), self.shape[3]
 
-    def common_arguments(self, *maps: Tensor) -> dict[str, Any]:
-        """Arguments that both pooling kernels take.
-
-        Args:
-            maps: Key, value and other maps that the kernel takes by their strides.
-        """
-        _, height, width, heads, head_dim = self.shape
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that both pooling kernels take whatever the strides."""
+        _, height, width, heads, _ = self.shape
         padded = self.geometry.padded_size(height, width)
-        narrow = offsets_fit(*maps) and math.prod(padded) * heads * head_dim < 2**31
+        starts = self.geometry.coarse_starts(height, width)
+        cells = starts[self.level] - starts[self.level - 1]
         return {
-            "key": token_map(maps[0]),
-            "value": token_map(maps[1]),
-            "size": Size(height, width, *padded, height, width, heads, self.starts[-1]),
-            "cells": self.num_cells,
-            "count": self.shape[0] * self.num_cells,
-            "level_start": self.starts[self.level - 1],
-            "S": PoolShape(self.geometry.shift, narrow, head_dim, tile_side(head_dim)),
+            "size": Size(height, width, *padded, height, width, heads, starts[-1]),
+            "cells": cells,
+            "count": self.shape[0] * cells,
+            "level_start": starts[self.level - 1],
             "SUB": self.geometry.levels[self.level].subwindow_size,
             "BLOCK": self.BLOCK,
             "ACC_TYPE": acc_type(self.dtype),
-            "num_warps": COPYING_THREADS // warp_size(maps[0].device),
+            "num_warps": COPYING_THREADS // warp_size(self.target),
         }
+
+
+@lru_cache(maxsize=PLANS)
+def pool_plan(
+    problem: PoolProblem, names: tuple[str, ...], maps: tuple[Strides, ...]
+) -> PreparedLaunch:
+    """The launch of a pooling kernel; calls that are alike share it.
+
+    Args:
+        problem: The call.
+        names: Of the maps that the kernel takes by their strides.
+        maps: Their strides.
+    """
+    _, height, width, heads, head_dim = problem.shape
+    padded = problem.geometry.padded_size(height, width)
+    image = math.prod(padded) * heads * head_dim
+    narrow = offsets_fit(problem.shape, maps) and image < 2**31
+    shape = PoolShape(problem.geometry.shift, narrow, head_dim, tile_side(head_dim))
+    strides = dict(zip(names, maps, strict=True))
+    return PreparedLaunch(problem.grid, strides, {"S": shape, **problem.arguments})
 
 
 def launch_pool(
     key: Tensor,
     value: Tensor,
-    weight: Tensor,
-    key_offset: Tensor,
-    value_offset: Tensor,
+    pool: Pool,
     coarse: tuple[Tensor, Tensor],
     problem: PoolProblem,
 ) -> None:
@@ -202,21 +211,20 @@ def launch_pool(
     Args:
         key: `[batch, height, width, heads, head_dim]`, last axis contiguous; so is value.
         value: as ``key``.
-        weight: `[subwindow_size²]`.
-        key_offset: `[heads, head_dim]`.
-        value_offset: as ``key_offset``.
+        pool: Contiguous weights `[subwindow_size²]` and offsets `[heads, head_dim]`.
         coarse: Packed maps of keys and of values, which the level's cells are written to.
-        problem: Sizes of this call.
+        problem: What else the call depends on.
     """
     if key.numel() == 0:
         return
-    pool_kernel[problem.grid](
-        weight_ptr=weight.contiguous(),
-        k_offset_ptr=key_offset.contiguous(),
-        v_offset_ptr=value_offset.contiguous(),
+    launch = pool_plan(problem, ("key", "value"), strides_of(key, value))
+    launch(
+        pool_kernel,
+        key=key,
+        value=value,
+        **pool._asdict(),
         pooled_k_ptr=coarse[0],
         pooled_v_ptr=coarse[1],
-        **problem.common_arguments(key, value),
     )
 
 
@@ -233,26 +241,29 @@ def launch_pool_backward(
     Args:
         key: What was pooled; so is value.
         value: as ``key``.
-        weight: `[subwindow_size²]`.
+        weight: `[subwindow_size²]`, contiguous.
         grad_coarse: Gradients of the packed maps of keys and of values.
         grads: Gradients of key and value without this level's part, which is added.
-        problem: Sizes of this call.
+        problem: What else the call depends on.
 
     Returns:
         Gradient of the weight.
     """
     if key.numel() == 0:
         return torch.zeros_like(weight)
-    partial = torch.empty(
-        math.prod(problem.grid), weight.numel(), dtype=sum_dtype(key.dtype), device=key.device
-    )
-    pool_backward_kernel[problem.grid](
-        weight_ptr=weight.contiguous(),
+    names = ("key", "value", "grad_key", "grad_value")
+    launch = pool_plan(problem, names, strides_of(key, value, *grads))
+    programs = math.prod(launch.grid)
+    partial = torch.empty(programs, weight.numel(), dtype=sum_dtype(key.dtype), device=key.device)
+    launch(
+        pool_backward_kernel,
+        key=key,
+        value=value,
+        weight_ptr=weight,
         coarse_grad_k_ptr=grad_coarse[0],
         coarse_grad_v_ptr=grad_coarse[1],
-        grad_key=token_map(grads[0]),
-        grad_value=token_map(grads[1]),
+        grad_key=grads[0],
+        grad_value=grads[1],
         partial_ptr=partial,
-        **problem.common_arguments(key, value, *grads),
     )
     return partial.sum(0).to(weight.dtype)

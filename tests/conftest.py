@@ -1,6 +1,7 @@
 """Test session settings: Triton's interpreter, so that the real kernels run on a CPU."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -38,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans() -> None:
+    """Launches planned in one test, under its patches perhaps, serve no other."""
+    if (pooling := sys.modules.get("kernels.pooling")) is not None:
+        from kernels import backward, forward
+
+        for plan in (forward.forward_plan, backward.backward_plan, pooling.pool_plan):
+            plan.cache_clear()
 
 
 @pytest.fixture

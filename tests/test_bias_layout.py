@@ -15,8 +15,8 @@ pytestmark = needs_interpreter
 from sanitizer import Sanitizer  # noqa: E402
 
 from kernels import FocalGeometry  # noqa: E402
-from kernels.bias_layout import launch_bias  # noqa: E402
-from kernels.launch import Cut, Problem  # noqa: E402
+from kernels.bias_layout import BiasPlan  # noqa: E402
+from kernels.launch import Cut, Problem, strides_of  # noqa: E402
 
 # 25 queries in two tiles of 16; 49 + 9 keys in tiles of 32 + 16 + 16 and 16: 80 columns.
 GEOMETRY = FocalGeometry(5, ((1, 7), (5, 3)))
@@ -33,12 +33,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def lay_out(bias: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """What the kernel makes of a bias."""
     query = torch.empty(1, 5, 5, bias.shape[0], 16, dtype=dtype)
-    no_cells = query.new_empty(1, 0, bias.shape[0], 16)
-    settings = (scale, (5, 5), 0.0, None)
-    problem = Problem(GEOMETRY, tuple(query.shape), dtype, no_cells, no_cells, *settings)
-    shape = problem.shape(problem.levels(CUTS), BLOCK_M, query, query, query)
+    problem = Problem(GEOMETRY, tuple(query.shape), dtype, scale, (5, 5), 0.0, "any")
+    shape = problem.shape(CUTS, BLOCK_M, strides_of(query, query, query))
+    plan = BiasPlan(shape, BLOCK_M, bias.shape[0], bias.stride(), dtype)
     with Sanitizer(protected=[bias]) as sanitizer:
-        layout = launch_bias(bias, problem, shape, BLOCK_M)
+        layout = plan.launch(bias)
     assert not sanitizer.findings
     assert sanitizer.launches == {"bias_kernel": 1}
     return layout

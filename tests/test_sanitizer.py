@@ -177,7 +177,7 @@ def move_kernel(source_ptr, count, FIRST: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def test_attention_kernels_told_of_a_larger_map_are_found_to_overrun(monkeypatch):
-    size = launch.Problem.size.func
+    size = launch.Problem.size.fget
 
     def too_large(problem: launch.Problem):
         return size(problem)._replace(height=problem.query_shape[1] + 1)
@@ -197,20 +197,20 @@ def test_attention_kernels_told_of_a_larger_map_are_found_to_overrun(monkeypatch
 
 
 def test_pooling_kernels_told_of_more_cells_are_found_to_overrun(monkeypatch):
-    arguments = pooling.PoolProblem.common_arguments
+    arguments = pooling.PoolProblem.arguments.fget
 
-    def too_many(problem: pooling.PoolProblem, *maps: torch.Tensor):
-        right = arguments(problem, *maps)
+    def too_many(problem: pooling.PoolProblem):
+        right = arguments(problem)
         return {**right, "count": right["count"] + 1}
 
-    monkeypatch.setattr(pooling.PoolProblem, "common_arguments", too_many)
+    monkeypatch.setattr(pooling.PoolProblem, "arguments", property(too_many))
     found = {(f.kernel, f.argument, f.rule) for f in sanitized(replace(SMALL, batch=1)).findings}
     assert ("pool_kernel", "pooled_k_ptr", "write out of bounds") in found
     assert ("pool_backward_kernel", "coarse_grad_k_ptr", "read out of bounds") in found
 
 
 def test_two_heads_that_write_one_place_are_found(monkeypatch):
-    size = launch.Problem.size.func
+    size = launch.Problem.size.fget
 
     def one_head(problem: launch.Problem):
         return size(problem)._replace(num_heads=1)

@@ -115,10 +115,10 @@ def test_gradients_of_a_few_images_at_a_time_are_the_same(images, monkeypatch):
 def test_a_round_of_gradients_fits_the_axes_of_a_grid():
     geometry = Case("tiny", 2, ((1, 2), (2, 1)), 2, 2, heads=1).geometry
     query = torch.empty(2**17, 2, 2, 1, 16, device="meta", dtype=torch.float16)
-    coarse = query.new_empty(2**17, 1, 1, 16)
-    settings = (0.25, (2, 2), 0.0, None)
-    problem = launch.Problem(geometry, tuple(query.shape), query.dtype, coarse, coarse, *settings)
-    plan = gradient_plan.GradientPlan(problem, query, query, query, query)
+    settings = (0.25, (2, 2), 0.0, "any")
+    problem = launch.Problem(geometry, tuple(query.shape), query.dtype, *settings)
+    maps = launch.strides_of(query, query, query, query)
+    plan = gradient_plan.GradientPlan(problem, problem.tile("gradient"), maps)
     sizes = [len(images) for images in plan.chunks()]
     assert max(sizes) <= 65_535
     assert sum(sizes) == 2**17
@@ -131,10 +131,19 @@ def test_a_scale_that_the_bias_cannot_be_divided_by(scale):
 
 
 def test_maps_beyond_32_bits_are_found_so():
+    def fits(*maps: torch.Tensor) -> bool:
+        return launch.offsets_fit(maps[0].shape, launch.strides_of(*maps))
+
     large = torch.empty(1, 2**15, 2**14, 2, 4, device="meta")
-    assert not launch.offsets_fit(large)
-    assert launch.offsets_fit(large[:, : 2**14])
-    assert launch.offsets_fit(torch.empty(9, 2**14, 2**14, 2, 2, device="meta"))
+    assert not fits(large)
+    half = large[:, : 2**14]
+    assert fits(half)
+    assert not fits(half, large[:, ::2])
+    assert fits(torch.empty(9, 2**14, 2**14, 2, 2, device="meta"))
+    # The last offset is 2³¹ - 1, then 2³¹.
+    row = torch.empty(1, 1, 2, 1, 2**30, device="meta")
+    assert fits(row)
+    assert not fits(row.as_strided(row.shape, (1, 1, 2**30 + 1, 1, 1)))
 
 
 def test_offsets_of_64_bits_give_the_same(monkeypatch):
