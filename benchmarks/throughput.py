@@ -3,6 +3,7 @@
     python -m benchmarks.throughput                                 # batch 8, 224², float32
     python -m benchmarks.throughput --resolutions 224 448 896 --batch 2 --models focal_tiny
     python -m benchmarks.throughput --dtype autocast --compile --json throughput.json
+    python -m benchmarks.throughput --device cuda --compile reduce-overhead
 
 First every Focal model is checked: its logits and gradients on a small image, in the dtype that is
 timed, against the reference backend in float64. Then models take turns, and the table gives medians
@@ -42,6 +43,7 @@ from benchmarks.timing import environment, environment_line, interleave, peak_me
 MODELS = ("focal_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "resnet50")
 BASELINE = "swin_tiny_patch4_window7_224"
 PASSES = ("forward", "train")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 # Largest error of logits and of gradients, over the largest one there is: some 20 layers of
 # roundings, and the sums of a gradient.
 TOLERANCES = {
@@ -61,13 +63,19 @@ class Setting:
     batch: int
     resolution: int
     dtype: str  # of TOLERANCES; "autocast" is bfloat16 autocast over float32 parameters
-    compiled: bool
+    compile_mode: str | None  # None: plain eager execution
     device: str
 
     @property
     def tensor_dtype(self) -> torch.dtype:
         """Of parameters and images."""
         return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
+
+    def callable(self, model: nn.Module) -> Callable[..., Any]:
+        """The model as it is called: compiled, or itself."""
+        if self.compile_mode is None:
+            return model
+        return torch.compile(model, fullgraph=True, mode=self.compile_mode)
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass."""
@@ -84,7 +92,7 @@ class Row:
     batch: int
     resolution: int
     dtype: str
-    compiled: bool
+    compile_mode: str | None
     milliseconds: float
     images_per_second: float
     speed_ratio: float | None  # to the baseline
@@ -108,7 +116,7 @@ def forward_pass(model: nn.Module, setting: Setting) -> Callable[[], Any]:
     """One batch through the model, without gradients."""
     images = _images(setting)
     model.eval()
-    call = torch.compile(model, fullgraph=True) if setting.compiled else model
+    call = setting.callable(model)
 
     def run() -> Tensor:
         with torch.no_grad(), setting.autocast():
@@ -122,7 +130,7 @@ def train_step(model: nn.Module, setting: Setting) -> Callable[[], Any]:
     images = _images(setting)
     labels = torch.arange(setting.batch, device=setting.device)
     model.train()
-    call = torch.compile(model, fullgraph=True) if setting.compiled else model
+    call = setting.callable(model)
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
@@ -257,7 +265,7 @@ def compare(
                         setting.batch,
                         setting.resolution,
                         setting.dtype,
-                        setting.compiled,
+                        setting.compile_mode,
                         time,
                         setting.batch / time * 1e3,
                         base_time[0] / time if base_time else None,
@@ -307,7 +315,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--resolutions", nargs="+", type=positive, default=[224])
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, one full graph")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=COMPILE_MODES,
+        help="torch.compile, one full graph, in this mode (reduce-overhead: CUDA graphs)",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=positive, help="of PyTorch, on a CPU")
     parser.add_argument("--seconds", type=partial(_positive, float), default=30.0)
@@ -351,7 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress=progress.print,
     )
     where = environment(torch.device(options.device)) | {"timm": timm.__version__}
-    kind = f"{options.dtype}{', compiled' if options.compile else ''}, batch {options.batch}"
+    compiled = f", compiled ({options.compile})" if options.compile else ""
+    kind = f"{options.dtype}{compiled}, batch {options.batch}"
     console.print(table(rows, kind))
     console.print(environment_line(where))
     if options.json:

@@ -26,6 +26,7 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 SMALLEST_LAMPS = 48  # pixels: room for every row
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 WANDB_MODES = ("offline", "online", "disabled")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASE_MODES = ("const", "rand", "pixel")
@@ -172,6 +173,13 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         "trainer.precision",
         "be auto, bf16-mixed or 32-true with trainer.strategy=fsdp",
         trainer.precision,
+    )
+    _one_of("trainer.compile_mode", trainer.compile_mode, COMPILE_MODES)
+    _require(
+        trainer.compile or trainer.compile_mode == "default",
+        "trainer.compile",
+        f"be true with trainer.compile_mode={trainer.compile_mode}",
+        trainer.compile,
     )
     numbers = trainer.devices.split(",")
     _require(

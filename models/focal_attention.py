@@ -182,18 +182,18 @@ class _Unbind(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         query = grads[0]
         batch, rows, cols, heads, dim = query.shape
+        token = heads * dim  # numbers of one of the three
+        strides = (rows * cols * 3 * token, cols * 3 * token, 3 * token, dim, 1)
+        beside = all(
+            grad.stride() == strides
+            and grad.storage_offset() == query.storage_offset() + place * token
+            and grad.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
+            for place, grad in enumerate(grads)
+        )
+        if not beside:
+            return torch.stack(grads, dim=3)
         shape = (batch, rows, cols, 3, heads, dim)
-        whole = query.new_empty(shape, device="meta")
-        places = [
-            (grad.untyped_storage().data_ptr(), grad.storage_offset() - query.storage_offset())
-            for grad in grads
-        ]
-        storage = places[0][0]
-        if places == [(storage, part.storage_offset()) for part in whole.unbind(3)] and all(
-            grad.stride() == whole[:, :, :, 0].stride() for grad in grads
-        ):
-            return query.as_strided(shape, whole.stride())
-        return torch.stack(grads, dim=3)
+        return query.as_strided(shape, (*strides[:3], token, *strides[3:]))
 
 
 def _depthwise_mean(dim: int, subwindow_size: int) -> nn.Conv2d:

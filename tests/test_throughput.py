@@ -9,7 +9,7 @@ from benchmarks import throughput
 from benchmarks.throughput import Setting
 
 SMALL = ["--batch", "1", "--seconds", "0.01", "--min-rounds", "1", "--no-memory"]
-TINY = Setting(1, 64, "float32", False, "cpu")
+TINY = Setting(1, 64, "float32", None, "cpu")
 
 
 def run(capsys, *arguments: str) -> str:
@@ -51,7 +51,7 @@ def test_ratios_stay_empty_without_the_baseline(tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", throughput.TOLERANCES)
 def test_the_model_is_correct_in_every_dtype(dtype):
-    logits, gradients = throughput.check("focal_tiny", Setting(1, 64, dtype, False, "cpu"))
+    logits, gradients = throughput.check("focal_tiny", Setting(1, 64, dtype, None, "cpu"))
     assert 0 < logits < 1
     assert 0 < gradients < 1
 

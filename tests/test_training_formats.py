@@ -71,11 +71,19 @@ def test_training_and_evaluation_run_the_compiled_model(
         return graph.forward  # as the default one, without minutes of a C++ compiler
 
     original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: original(self, backend=backend))
+    modes = []
+
+    def compile_with_backend(self: nn.Module, *, mode: str) -> None:
+        modes.append(mode)
+        original(self, backend=backend)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_with_backend)
     model = ("model.depths=[1]", "model.num_heads=[1]", "model.region_sizes=[5]")
     plain = train(tmp_path / "plain", *model)
     assert not graphs
-    compiled = train(tmp_path / "compiled", *model, "trainer.compile=true")
+    options = ("trainer.compile=true", "trainer.compile_mode=reduce-overhead")
+    compiled = train(tmp_path / "compiled", *model, *options)
+    assert modes == ["reduce-overhead"]
     assert sorted(graphs) == [False, True]  # the whole model as one graph, in either mode
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     states = (checkpoint.load(tmp_path / n / "last.ckpt")["model"] for n in ("plain", "compiled"))

@@ -105,7 +105,7 @@ class Trainer:
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         if settings.compile:
-            model.compile()
+            model.compile(mode=settings.compile_mode)
         self.sharded = settings.strategy == "fsdp"
         self.ema: ModelEmaV3 | None = None
         if settings.ema_decay:
