@@ -255,8 +255,8 @@ class BackwardPlan:
         self._problem = problem
         batch, rows, cols, heads, head_dim = problem.query_shape
         self.fused_shape = (batch, rows, cols, 3, heads, head_dim)
-        fused = torch.empty(self.fused_shape, device="meta")
-        self._grad = fused.unbind(3)[0].stride()[:4]  # of each of its three maps
+        token = 3 * heads * head_dim
+        self._grad = (rows * cols * token, cols * token, token, head_dim)  # of each of its maps
         self.gradients = GradientPlan(problem, tile, (*maps, self._grad))
         self.bias = BiasPlan(self.gradients.shape, tile.block_m, heads, bias, problem.dtype)
         self._read = dict(zip(("query", "key", "value", "grad_out"), maps, strict=True))

@@ -1,8 +1,9 @@
 """Launches made many times, without what Triton's own dispatch takes for each.
 
 `kernel[grid](...)` looks at every argument, hashes all constants and finds what it compiled for
-them: 40 to 90 µs of the host. A training step of a model makes a hundred such launches and more, in
-which tensors alone change, and with small batches the host is what a GPU waits for.
+them, which takes a host twice as long as what is done here (docs/performance.md). A training step
+of a model makes a hundred such launches and more, in which tensors alone change, and with small
+batches the host is what a GPU waits for.
 """
 
 from __future__ import annotations
