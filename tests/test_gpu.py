@@ -217,6 +217,45 @@ def test_offsets_beyond_32_bits_give_the_same():
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def shifted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same numbers at addresses that are no multiples of 16 bytes."""
+    moved = {}
+    for name, x in tensors.items():
+        storage = x.new_empty(x.numel() + 1)
+        moved[name] = storage[1:].view(x.shape).copy_(x.detach()).requires_grad_()
+    return moved
+
+
+def test_other_alignments_after_a_launch_was_prepared_give_the_same():
+    case = RELEASED[2]
+    tensors = make_tensors(case, torch.float16, "cuda")
+    gradient = random_gradient(case, torch.float16, "cuda")
+    expected = run(case, tensors, "triton", gradient)
+    for moved in (shifted(tensors), tensors, shifted(tensors)):
+        got = run(case, moved, "triton", gradient)
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_trains_on_the_same_gradients(mode):
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("models")  # registers the Focal models
+    model = timm.create_model("focal_micro", num_classes=10, drop_path_rate=0.0).cuda()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for seed in range(4):  # recorded, then replayed on other images
+        torch.manual_seed(seed)
+        images = torch.randn(2, 3, 64, 96, device="cuda")
+        found = []
+        for call in (model, compiled):
+            model.zero_grad()
+            call(images).square().sum().backward()
+            found.append({name: x.grad.clone() for name, x in model.named_parameters()})
+        for name, expected in found[0].items():
+            error = (found[1][name] - expected).abs().max()
+            assert error <= 1e-2 * expected.abs().max(), name
+
+
 def test_auto_is_triton_but_for_float64():
     device = torch.device("cuda")
     assert resolve_backend("auto", device, torch.float16) == "triton"
