@@ -72,7 +72,8 @@ def gpu_test_files() -> list[str]:
 
 def test_part(workers: int) -> Part:
     """The tests marked ``gpu``."""
-    options = ("-m", "gpu", "-n", str(workers), "-q", "--tb=short", "-p", "no:cacheprovider")
+    shown = ("-q", "--tb=short", "--show-capture=no")  # the compiler logs pages
+    options = ("-m", "gpu", "-n", str(workers), *shown, "-p", "no:cacheprovider")
     packages = (*KERNEL_PACKAGES, "pytest", "xdist", "hypothesis")
     return Part("tests", ("pytest", *options, *gpu_test_files()), packages)
 

@@ -252,7 +252,7 @@ class TrainerConfig:
     num_nodes: int = 1
     strategy: str = "auto"  # or ddp; fsdp: parameters sharded over all processes
     compile: bool = False
-    compile_mode: str = "default"  # reduce-overhead: CUDA graphs; or max-autotune
+    compile_mode: str = "default"  # reduce-overhead: CUDA graphs; max-autotune: and slow to start
     channels_last: bool = False
     limit_train_batches: int | None = None
     limit_val_batches: int | None = None

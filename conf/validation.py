@@ -26,7 +26,8 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 STRATEGIES = ("auto", "ddp", "fsdp")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps")
 SMALLEST_LAMPS = 48  # pixels: room for every row
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # CUDA graphs
+COMPILE_MODES = ("default", *GRAPH_MODES)
 WANDB_MODES = ("offline", "online", "disabled")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 ERASE_MODES = ("const", "rand", "pixel")
@@ -180,6 +181,13 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         "trainer.compile",
         f"be true with trainer.compile_mode={trainer.compile_mode}",
         trainer.compile,
+    )
+    # A graph's replay overwrites the gradients that the one before it left.
+    _require(
+        trainer.accumulate == 1 or trainer.compile_mode not in GRAPH_MODES,
+        "trainer.accumulate",
+        f"be 1 with trainer.compile_mode={trainer.compile_mode}",
+        trainer.accumulate,
     )
     numbers = trainer.devices.split(",")
     _require(

@@ -166,6 +166,19 @@ def test_a_typo_or_a_wrong_type_fails_with_the_name_of_the_key(override: str, ke
         (["trainer.epochs=2", "schedule.warmup_epochs=2"], "schedule.warmup_epochs must be"),
         (["trainer.mixup=0.8", "trainer.batch_size=31"], "trainer.batch_size must be even"),
         (["trainer.accumulate=4", "trainer.limit_train_batches=2"], "trainer.limit_train_batches"),
+        (["trainer.compile_mode=fast"], "trainer.compile_mode must be one of default, reduce-"),
+        (
+            ["trainer.compile_mode=reduce-overhead"],
+            "trainer.compile must be true with trainer.compile_mode=reduce-overhead, got False",
+        ),
+        (
+            [
+                "trainer.compile=true",
+                "trainer.compile_mode=max-autotune",
+                "trainer.accumulate=2",
+            ],
+            "trainer.accumulate must be 1 with trainer.compile_mode=max-autotune, got 2",
+        ),
         (["model.window_size=[7,seven]"], "model.window_size must be an integer or a list"),
         (["+model.kwargs.windw=7"], "model.kwargs must be empty for focal_small"),
         (["model.drop_path_rate=1.5"], "model.drop_path_rate must lie between 0 and 1, got 1.5"),

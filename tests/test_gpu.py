@@ -251,9 +251,11 @@ def test_a_compiled_model_trains_on_the_same_gradients(mode):
             model.zero_grad()
             call(images).square().sum().backward()
             found.append({name: x.grad.clone() for name, x in model.named_parameters()})
+        # A window of one token has no bias that matters: its gradient is rounding alone.
+        least = 1e-5 * max(x.abs().max() for x in found[0].values())
         for name, expected in found[0].items():
             error = (found[1][name] - expected).abs().max()
-            assert error <= 1e-2 * expected.abs().max(), name
+            assert error <= 1e-2 * torch.maximum(expected.abs().max(), least), name
 
 
 def test_auto_is_triton_but_for_float64():
