@@ -6,7 +6,7 @@ on a CPU as well (docs/decisions.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -56,23 +56,29 @@ def focal_attention(
 
 
 def _pools(key: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the levels that are pooled here, end to end, and their offsets `[levels, ...]`."""
+    """Weights of the levels that are pooled here, end to end, and their offsets."""
     entries = [entry for entry in pooling if isinstance(entry, Pooling)]
-    weights = [entry.weight.flatten() for entry in entries]
-    none = key.new_empty(0, *key.shape[3:])
     sides = ([entry.key_offset for entry in entries], [entry.value_offset for entry in entries])
     missing = any(x is None for side in sides for x in side)
-    zeros = key.new_zeros(1, *key.shape[3:]) if missing else none
-    rows = ([zeros if x is None else x[None] for x in side] for side in sides)
-    key_offsets, value_offsets = (_joined(side, none) for side in rows)
-    return _joined(weights, key.new_empty(0)), key_offsets, value_offsets
+    zeros = key.new_zeros(key.shape[3:]) if missing else key  # [heads, head_dim]
+    rows = ([zeros if x is None else x for x in side] for side in sides)
+    key_offsets, value_offsets = (_joined(side, key.new_empty, key.shape[4]) for side in rows)
+    weights = [entry.weight for entry in entries]
+    if len(weights) > 1:
+        weights = [weight.flatten() for weight in weights]
+    return _joined(weights, key.new_empty), key_offsets, value_offsets
 
 
-def _joined(parts: list[Tensor], otherwise: Tensor) -> Tensor:
-    """Parts end to end; a single one, as the released models have, without a copy."""
+def _joined(parts: list[Tensor], new_empty: Callable[..., Tensor], *sizes: int) -> Tensor:
+    """Parts end to end; a single one, as the released models have, as it is."""
     if not parts:
-        return torch.zeros_like(otherwise)
+        return new_empty(0, *sizes)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parts(joined: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """What `_joined` made one."""
+    return (joined,) if len(sizes) == 1 else joined.split(sizes)
 
 
 def _ready_maps(query: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor]:
@@ -123,13 +129,9 @@ def _cells(levels: Sequence[int], geometry: FocalGeometry, like: Tensor) -> list
     return [slice(starts[level - 1], starts[level]) for level in levels]
 
 
-def _split_weights(
-    weights: Tensor, levels: Sequence[int], geometry: FocalGeometry
-) -> Sequence[Tensor]:
-    """Each level's part of the weights, which lie end to end."""
-    if len(levels) == 1:
-        return (weights,)
-    return weights.split([geometry.levels[level].subwindow_size ** 2 for level in levels])
+def _weight_sizes(levels: Sequence[int], geometry: FocalGeometry) -> list[int]:
+    """Numbers of each level's pooling weight."""
+    return [geometry.levels[level].subwindow_size ** 2 for level in levels]
 
 
 @torch.library.custom_op("focal::attention", mutates_args=())
@@ -155,15 +157,20 @@ def _attention(
     query, key, value = _rows(query), _rows(key), _rows(value)
     geometry = decode_geometry(geometry_code)
     levels = _levels_but(ready, geometry)
-    parts = zip(_split_weights(weights, levels, geometry), key_offsets, value_offsets, strict=True)
-    pools = tuple(Pool(*(x.contiguous() for x in part)) for part in parts)
+    each = [query.shape[3]] * len(levels)
+    parts = (
+        _parts(weights, _weight_sizes(levels, geometry)),
+        _parts(key_offsets, each),
+        _parts(value_offsets, each),
+    )
+    pools = [Pool(*(x.contiguous() for x in part)) for part in zip(*parts, strict=True)]
     settings = (geometry, scale, map_size, dropout_p)
     with torch.cuda.device_of(query):
         # Chosen here and not while tracing: the choice must not tie a graph to a size.
         if pools and not ready and not keep and pools_inline(geometry, query.shape):
             problem, none = _problem(query, *settings, inline=True), _no_cells(query)
             out, _ = launch_forward(
-                query, key, value, bias, (none, none), pools, dropout_seed, problem
+                query, key, value, bias, (none, none), tuple(pools), dropout_seed, problem
             )
             return out, *_nothing(query)
         problem, coarse = _problem(query, *settings), _new_coarse(query, geometry)
@@ -233,12 +240,13 @@ def _attention_backward(
         grads = grad_maps[:, :, :, 1], grad_maps[:, :, :, 2]
         levels = _levels_but(ready, geometry)
         grad_weights = []
-        split = _split_weights(weights, levels, geometry)
-        for level, weight in zip(levels, split, strict=True):
+        parts = _parts(weights, _weight_sizes(levels, geometry))
+        for level, weight in zip(levels, parts, strict=True):
             pooled = PoolProblem(geometry, problem.query_shape, key.dtype, problem.target, level)
             grad = launch_pool_backward(key, value, weight.contiguous(), grad_coarse, grads, pooled)
             grad_weights.append(grad)
-    return grad_maps, grad_bias, _joined(grad_weights, weights), *grad_coarse
+    joined = _joined(grad_weights, weights.new_empty)
+    return grad_maps, grad_bias, joined.view(weights.shape), *grad_coarse
 
 
 @_attention_backward.register_fake
@@ -272,7 +280,7 @@ def _backward_attention(ctx, grad_out, *_):
     if len(ready) < len(geometry.levels) - 1:  # an offset is added to every cell of every image
         places = _cells(_levels_but(ready, geometry), geometry, grad_out)
         grad_offsets = [
-            _joined([_sum_cells(grad[:, place]) for place in places], grad).to(dtype)
+            _joined([_sum_cells(grad[:, x]) for x in places], grad.new_empty).to(dtype)
             for grad, dtype in zip(grad_coarse, ctx.offset_dtypes, strict=True)
         ]
     if ready:
@@ -283,8 +291,8 @@ def _backward_attention(ctx, grad_out, *_):
 
 
 def _sum_cells(grad: Tensor) -> Tensor:
-    """`[batch, cells, heads, head_dim]` to `[1, heads, head_dim]`."""
-    return grad.sum(dim=(0, 1), dtype=sum_dtype(grad.dtype))[None]
+    """`[batch, cells, heads, head_dim]` to `[heads, head_dim]`."""
+    return grad.sum(dim=(0, 1), dtype=sum_dtype(grad.dtype))
 
 
 _attention.register_autograd(_backward_attention, setup_context=_setup_attention)
