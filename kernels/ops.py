@@ -56,7 +56,10 @@ def focal_attention(
 
 
 def _pools(key: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the levels that are pooled here, end to end, and their offsets."""
+    """Weights of the levels that are pooled here, and their offsets `[levels · heads, head_dim]`.
+
+    Weights are end to end; those of a single level stay `[sub, sub]`.
+    """
     entries = [entry for entry in pooling if isinstance(entry, Pooling)]
     sides = ([entry.key_offset for entry in entries], [entry.value_offset for entry in entries])
     missing = any(x is None for side in sides for x in side)

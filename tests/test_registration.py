@@ -113,7 +113,8 @@ def triton_inputs(case: Case, dtype: torch.dtype, grad: bool = True) -> tuple[to
     counts = [rows * cols for rows, cols in coarse_cells(case)]
     cells = sum(counts[level - 1] for level in case.ready)
     head = (case.heads, case.head_dim)
-    offsets = (random(len(here), *head, dtype=dtype, grad=grad) for _ in range(2))
+    rows = len(here) * case.heads
+    offsets = (random(rows, case.head_dim, dtype=dtype, grad=grad) for _ in range(2))
     ready = (random(case.batch, cells, *head, dtype=dtype, grad=grad) for _ in range(2))
     weights = random(sum(side**2 for side in sides), dtype=dtype, grad=grad)
     return (*maps(case, dtype, grad), bias(case, dtype, grad), weights, *offsets, *ready)
