@@ -388,8 +388,8 @@ def launch_backward(
     plan.delta(delta_kernel, **inputs, out_ptr=out)
     query_part, key_part, value_part = plan.gradients.workspace(query)
     bias_part = stats.new_zeros(plan.gradients.groups, *bias.shape)
-    for some in plan.rounds:
-        for step in some.steps:
+    for steps, fold_queries in plan.rounds:
+        for step in steps:
             step.gradient(
                 gradient_kernel,
                 **inputs,
@@ -406,5 +406,5 @@ def launch_backward(
                 grad_key=grad_key,
                 grad_value=grad_value,
             )
-        some.fold_queries(fold_queries_kernel, part_ptr=query_part, grad=grad_query)
+        fold_queries(fold_queries_kernel, part_ptr=query_part, grad=grad_query)
     return grad_maps, bias_part.sum(0).to(bias.dtype), grad_coarse
