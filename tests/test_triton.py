@@ -65,6 +65,33 @@ def test_strided_inputs_give_the_same(case, layout):
     check(case, layout)
 
 
+def test_calls_that_differ_in_one_thing_share_no_plan():
+    small = replace(SMALL, height=2, width=3, heads=1)
+    masked = replace(small, boundary="mask")
+    calls: list[tuple[Case, Callable, dict[str, Any]]] = [
+        (small, dict, {}),
+        (small, fused, {}),
+        (small, heads_first, {}),
+        (small, dict, {"scale": 0.3}),
+        (replace(small, shift=0), dict, {}),
+        (replace(small, batch=2), dict, {}),
+        (replace(small, dropout_p=0.3), dict, {}),
+        (masked, dict, {}),
+        (replace(masked, map_size=(2, 2)), dict, {}),
+        (replace(small, ready=(1,)), dict, {}),
+        (replace(small, offsets=False), dict, {}),
+        (replace(small, levels=((1, 4), (2, 1))), dict, {}),
+    ]
+    for _ in range(2):  # planned by the first call, used by the second
+        for case, layout, options in calls:
+            tensors, gradient = make_tensors(case), random_gradient(case)
+            expected = run(case, tensors, "reference", gradient, **options)
+            assert_same(run(case, tensors, "triton", gradient, layout, **options), expected)
+    plans = forward.forward_plan.cache_info()
+    assert plans.misses == len(calls) - 2  # neither ready-made maps nor offsets change the kernel
+    assert plans.hits >= len(calls)
+
+
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 33, 49])
 def test_any_head_dim_gives_the_same(head_dim):
     check(replace(SMALL, head_dim=head_dim, heads=1))
