@@ -43,7 +43,7 @@ from benchmarks.timing import environment, environment_line, interleave, peak_me
 MODELS = ("focal_tiny", "swin_tiny_patch4_window7_224", "deit_small_patch16_224", "resnet50")
 BASELINE = "swin_tiny_patch4_window7_224"
 PASSES = ("forward", "train")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 # Largest error of logits and of gradients, over the largest one there is: some 20 layers of
 # roundings, and the sums of a gradient.
 TOLERANCES = {

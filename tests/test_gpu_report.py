@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu_report, timing
+from benchmarks import gpu_report, throughput, timing
 from benchmarks.gpu_report import Part, run_part, write_report
 
 CPU = torch.device("cpu")
@@ -32,6 +32,17 @@ def test_parts_that_fail_hang_or_lack_a_package_take_nothing_from_the_others(tmp
     assert "1 loop, best of 1" in text
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert len(saved["parts"]) == 4
+
+
+def test_models_are_timed_with_options_that_the_command_takes():
+    arguments = [part.arguments for part in gpu_report.benchmark_parts("cuda")]
+    parsed = [throughput.parse(x[1:]) for x in arguments if x[0] == "benchmarks.throughput"]
+    assert [(x.batch, x.compile) for x in parsed] == [
+        (256, None),
+        (128, None),
+        (128, "default"),
+        (128, "reduce-overhead"),
+    ]
 
 
 def test_only_files_with_gpu_tests_are_collected():

@@ -42,8 +42,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return Kernel(monkeypatch)
 
 
-def tensors(dtype: torch.dtype = torch.float32, first: int = 0) -> dict:
-    x, tokens, weight = (torch.zeros(24, dtype=dtype)[first:] for _ in range(3))
+def tensors() -> dict:
+    x, tokens, weight = (torch.zeros(24) for _ in range(3))
     return {"x_ptr": x, "tokens": tokens, "pools": (Pool(weight, weight, weight),)}
 
 

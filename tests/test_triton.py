@@ -9,6 +9,7 @@ import torch
 from cases import (
     ODD,
     Case,
+    Tensors,
     assert_precise,
     assert_same,
     attend,
@@ -65,13 +66,18 @@ def test_strided_inputs_give_the_same(case, layout):
     check(case, layout)
 
 
+def keys_first(tensors: Tensors) -> Tensors:
+    """The same values with the bias alone laid out `[heads, num_keys, window²]`."""
+    return {**tensors, "bias": tensors["bias"].mT.contiguous().mT}
+
+
 def test_calls_that_differ_in_one_thing_share_no_plan():
     small = replace(SMALL, height=2, width=3, heads=1)
     masked = replace(small, boundary="mask")
     calls: list[tuple[Case, Callable, dict[str, Any]]] = [
         (small, dict, {}),
         (small, fused, {}),
-        (small, heads_first, {}),
+        (small, keys_first, {}),
         (small, dict, {"scale": 0.3}),
         (replace(small, shift=0), dict, {}),
         (replace(small, batch=2), dict, {}),
@@ -90,6 +96,13 @@ def test_calls_that_differ_in_one_thing_share_no_plan():
     plans = forward.forward_plan.cache_info()
     assert plans.misses == len(calls) - 2  # neither ready-made maps nor offsets change the kernel
     assert plans.hits >= len(calls)
+
+
+def test_gradients_of_other_strides_share_no_plan():
+    tensors, gradient = make_tensors(SMALL), random_gradient(SMALL)
+    expected = run(SMALL, tensors, "reference", gradient)
+    for handed in (gradient, gradient.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert_same(run(SMALL, tensors, "triton", handed), expected)
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 16, 33, 49])
