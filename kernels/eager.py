@@ -372,8 +372,9 @@ def _attention_backward(
         for step in inputs.steps(loaded):
             where, work = (step.band, step.images), step.work
             gradients.read(*where, work.grad_out)
-            (d_out,), (query_part,), (key_part, value_part) = (
-                packed.sides for packed in (work.grad_out, work.query, work.key_value)
+            (d_out,), (query_part,), (key_part, _), (grad_key, grad_value) = (
+                packed.sides
+                for packed in (work.grad_out, work.query, work.key_value, work.grad_key_value)
             )
             if biases is None:
                 weight = kept.next(work.score_shape)
@@ -385,18 +386,18 @@ def _attention_backward(
                 factor = dropout.factor(step, loaded, weight)
                 d_weight *= factor
                 dropped = weight * factor
-            # The gathered values are not needed any more, nor are queries and keys further down:
-            # their memory, still in the cache, takes the gradients.
-            torch.bmm(dropped.mT, d_out, out=value_part)
+            torch.bmm(dropped.mT, d_out, out=grad_value)
             # Δ comes from the weights, not from the output, which is rounded: gradients of scores
             # sum to zero over the keys.
             d_score = torch._softmax_backward_data(
                 d_weight, weight, -1, weight.dtype, grad_input=d_weight
             )
+            # The gradient of the output is not needed any more: its memory, still in the cache,
+            # takes that of the queries.
             _scaled_product(d_score, key_part, scale, out=d_out)
             query_sums.add(*where, work.grad_out)
-            _scaled_product(d_score.mT, query_part, scale, out=key_part)
-            key_value_sums.add(*where, work.key_value)
+            _scaled_product(d_score.mT, query_part, scale, out=grad_key)
+            key_value_sums.add(*where, work.grad_key_value)
             grad_bias.add(step.band, d_score)
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)

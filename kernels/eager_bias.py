@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,11 @@ class BiasGradient:
     def __init__(self, plan: Plan, bias: Tensor, dtype: torch.dtype) -> None:
         self._keys = plan.keys
         self._sum = bias.new_zeros(bias.shape, dtype=dtype)
-        self._windowed = bias.new_zeros(*bias.shape[:2], plan.keys.num_columns, dtype=dtype)
+        # A sum for each thread, of the windows that it computed and has in its cache.
+        most = plan.images * max((band.num_windows for band in plan.bands), default=1)
+        self._parts = min(torch.get_num_threads(), most) if bias.device.type == "cpu" else 1
+        shape = (self._parts, *bias.shape[:2], plan.keys.num_columns)
+        self._windowed = bias.new_zeros(shape, dtype=dtype)
         self._shared: dict[int, tuple[Band, Tensor]] = {}
 
     def add(self, band: Band, grad: Tensor) -> None:
@@ -82,7 +88,9 @@ class BiasGradient:
         grad = grad.unflatten(0, (-1, band.num_windows, len(self._sum)))
         windowed = len(keys.windowed)
         if windowed:  # of all columns: a sum of whole rows is faster
-            self._windowed += grad.sum(dim=(0, 1), dtype=dtype)
+            parts = gcd(grad.shape[0] * grad.shape[1], self._parts)
+            of_parts = grad.flatten(0, 1).unflatten(0, (parts, -1))
+            self._windowed[:parts] += of_parts.sum(dim=1, dtype=dtype)
         if band.pairs is not None:
             part = grad[..., windowed : keys.num_keys]
             part = part[0] if len(part) == 1 else part.sum(dim=0, dtype=dtype)
@@ -94,7 +102,7 @@ class BiasGradient:
     def total(self) -> Tensor:
         """`[heads, window_size², num_keys]`."""
         windowed = self._keys.windowed
-        self._sum[..., windowed] = self._windowed[..., : len(windowed)]
+        self._sum[..., windowed] = self._windowed.sum(dim=0)[..., : len(windowed)]
         for band, grad in self._shared.values():
             assert band.pairs is not None
             collected = band.pairs.collect(grad)

@@ -23,7 +23,8 @@ class Packed:
     """The tokens of a step's windows as products take them, the levels one after another.
 
     Args:
-        tokens: `[sides, images, win_rows, win_cols, heads, size, dim]`, contiguous.
+        tokens: `[sides, images, win_rows, win_cols, heads, size, dim]`; between products, memory of
+            other sides may lie.
         patches: The levels. What they leave of ``size`` is padding.
 
     Attributes:
@@ -99,6 +100,14 @@ class Workspace:
         return self._packed("key and value", 2, self._plan.levels, columns)
 
     @cached_property
+    def grad_key_value(self) -> Packed:
+        """Like `key_value`, but each side in one piece, for products that are written there."""
+        columns = self._plan.keys.num_columns
+        shape = (2, *self._products, columns, self._like.shape[4])
+        tokens = self._tensor("gradient of key and value", shape)
+        return Packed(tokens, self._plan.levels)
+
+    @cached_property
     def weights(self) -> Tensor:
         """`[products, queries, columns]`."""
         return self._tensor("weights", self.score_shape)
@@ -112,8 +121,10 @@ class Workspace:
         self, name: str, sides: int, patches: Sequence[Patches], size: int | None = None
     ) -> Packed:
         size = patches[0].size if size is None else size
-        shape = (sides, *self._products, size, self._like.shape[4])
-        return Packed(self._tensor(name, shape), patches)
+        # The sides of a product lie together: one copy then fills both, and threads, which share it
+        # by halves of memory, each fill the products that they compute.
+        shape = (*self._products, sides, size, self._like.shape[4])
+        return Packed(self._tensor(name, shape).movedim(4, 0), patches)
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         # Fresh memory costs a page fault per 4 KiB.

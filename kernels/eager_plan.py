@@ -167,8 +167,10 @@ def make_plan(
     scores = num_heads * queries.size * layout.num_columns  # of a window
     fit = max(1, budget // scores)
     bands: list[Band] = []
-    for rows in _split(count[0], max(1, fit // count[1])):
-        for cols in _split(count[1], fit):
+    # Windows one above the other: products and copies deal them out to threads in the same order,
+    # so that a thread finds in its own cache what it wrote, and has rows of the maps for itself.
+    for cols in _split(count[1], max(1, fit // count[0])):
+        for rows in _split(count[0], fit):
             numbers = (torch.tensor(rows)[:, None] * count[1] + torch.tensor(cols)).flatten()
             if whole:  # the only window stands for all of them
                 numbers = torch.arange(len(keys))

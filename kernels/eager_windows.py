@@ -29,7 +29,8 @@ class Patches:
     """How a map is unrolled, and the overlapping squares that its windows are then.
 
     Maps are `[sides, images, height, width, heads, dim]`, unrolled ones `[sides, images, heads,
-    num_rows, num_cols, dim]`: a row of a square is one run of memory.
+    num_rows, num_cols, dim]`: a row of a square is one run of memory, and rows lie apart, so that
+    threads which share the windows of a column share hardly any of it.
     """
 
     rows: _Runs
@@ -66,7 +67,8 @@ class Patches:
     def new_unrolled(self, like: Tensor, images: int) -> Tensor:
         """Zeros: padding and excluded keys are never written, and stay so."""
         sides, _, _, _, heads, dim = like.shape
-        return like.new_zeros(sides, images, heads, self.num_rows, self.num_cols, dim)
+        zeros = like.new_zeros(images, self.num_rows, sides, heads, self.num_cols, dim)
+        return zeros.permute(2, 0, 3, 1, 4, 5)
 
     def unroll(self, source: Tensor, buffer: Tensor | None) -> Tensor:
         """The unrolled map: ``buffer`` filled, or a view of the source if that needs no buffer."""

@@ -43,18 +43,18 @@ class FcPool(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def projected(self, weight: Tensor, bias: Tensor | None, num_heads: int) -> Pooling:
+    def projected(self, row_sums: Tensor, bias: Tensor | None, num_heads: int) -> Pooling:
         """Pooling of keys and values already projected.
 
         A pooled feature is ``Σ wᵢ xᵢ + β``. Projected by ``W x + b`` it is ``Σ wᵢ (W xᵢ + b)`` plus
         ``(1 − Σ wᵢ) b + β W 1``, the offset.
 
         Args:
-            weight: `[2 * dim, dim]`, the projection to key and value.
+            row_sums: `[2 * dim]`, ``W 1`` of the projection to key and value.
             bias: `[2 * dim]`, or None.
             num_heads: Heads.
         """
-        offset = self.bias * weight.sum(dim=1)
+        offset = self.bias * row_sums
         if bias is not None:
             offset = offset + (1.0 - self.weight.sum()) * bias
         key_offset, value_offset = offset.view(2, num_heads, -1).unbind(0)
@@ -142,12 +142,14 @@ class FocalAttention(nn.Module):
 
     def _pooling(self, x: Tensor) -> list[Pooling | PooledMap]:
         """One entry per coarse level, from the padded features `[batch, rows, cols, dim]`."""
-        weight = self.qkv.weight[self.dim :]  # [2 * dim, dim], the keys' rows and the values'
         bias = None if self.qkv.bias is None else self.qkv.bias[self.dim :]
         if self.pool == "fc":
+            # Of all rows, for the gradient of a part of them would be written into a map of zeros.
+            row_sums = self.qkv.weight.sum(dim=1)[self.dim :]
             return [
-                cast(FcPool, pool).projected(weight, bias, self.num_heads) for pool in self.pools
+                cast(FcPool, pool).projected(row_sums, bias, self.num_heads) for pool in self.pools
             ]
+        weight = self.qkv.weight[self.dim :]  # [2 * dim, dim], the keys' rows and the values'
         if self.pool == "mean":
             return [
                 Pooling(weight.new_full((side, side), 1.0 / side**2))
