@@ -25,7 +25,7 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Workspace, Workspaces
-from kernels.eager_plan import Band, Plan, make_plan, most_scores
+from kernels.eager_plan import Band, Plan, make_plan, most_scores, most_scores_of_step
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
@@ -48,6 +48,9 @@ SCORES_PER_STEP = {"cpu": _scores_per_cpu_step(), "other": 2**26}
 # Weights that are kept in one piece of memory: 16 MiB in float32. What is larger than 32 MiB the C
 # library takes from the kernel anew each time, which clears every page of it.
 KEPT_TOGETHER = 2**22
+# Under a compiler, where sizes may be symbols, the number of pieces cannot follow from them. With 8
+# images of 224 pixels these have 14 MiB and less.
+COMPILED_PIECES = 8
 
 
 def focal_attention(
@@ -254,7 +257,12 @@ def _kept_sizes(
     """Room for the scores of every step; under a compiler, whose sizes may be symbols, a bound."""
     batch, height, width, heads, _ = query.shape
     if torch.compiler.is_compiling():
-        return [batch * heads * most_scores(geometry, height, width)]
+        scores = batch * heads * most_scores(geometry, height, width)
+        if query.device.type != "cpu":
+            return [scores]
+        # What is left at the end of a piece is less than a step.
+        step = most_scores_of_step(geometry, heads, SCORES_PER_STEP["cpu"])
+        return [scores // COMPILED_PIECES + step] * COMPILED_PIECES
     with unset_fake_temporarily():  # a plan is made of numbers
         plan = _plan(geometry, query, map_size, dropout_p)
     sizes: list[int] = []

@@ -169,9 +169,10 @@ class Mlp(nn.Module):
         if torch.compiler.is_compiling():
             if not direct:
                 return self._whole(x)
-            tensors = (tokens, *self._weights())
+            weights = self._weights()
+            tensors = (tokens, *weights)
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            return opaque_mlp(*tensors, keep)[0].view(x.shape)
+            return opaque_mlp(tokens, weights, keep=keep).view(x.shape)
         if torch.is_grad_enabled():
             if not direct:
                 return self._whole(x)

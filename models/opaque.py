@@ -41,54 +41,86 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 opaque_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
-@torch.library.custom_op("focal::cpu_mlp", mutates_args=())
-def opaque_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """`mlp`, and what it kept, as one tensor."""
+# The call is a composite operator, which runs as well while a graph is made of it. Only there is it
+# known whether a size is a number: how many tensors an operator gives must not follow from symbols.
+torch.library.define(
+    "focal::cpu_mlp",
+    "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool keep) -> Tensor",
+)
+
+
+@torch.library.impl("focal::cpu_mlp", "CompositeImplicitAutograd")
+def _call_mlp(x: Tensor, weight1: Tensor, *rest: Any) -> Tensor:
+    *others, keep = rest
+    pieces = 0
+    if keep:
+        rows = x.shape[0]
+        symbolic = isinstance(rows, torch.SymInt)
+        pieces = 1 if symbolic else max(-(-rows // part_size(rows, weight1.shape[0])), 1)
+    return _mlp(x, weight1, *others, pieces)[0]
+
+
+def opaque_mlp(x: Tensor, weights: Sequence[Tensor], *, keep: bool) -> Tensor:
+    """`mlp`; ``keep`` for a gradient."""
+    return torch.ops.focal.cpu_mlp(x, *weights, keep)
+
+
+@torch.library.custom_op("focal::cpu_mlp_pieces", mutates_args=())
+def _mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, pieces: int
+) -> list[Tensor]:
+    """`mlp`, and what it kept in so many pieces: as many as parts, one, or none."""
     weights, size = (weight1, bias1, weight2, bias2), part_size(len(x), len(weight1))
-    out, hidden = mlp(x, weights, size, keep=keep)
-    return out, torch.cat(hidden) if keep else x.new_empty(0, len(weight1))
+    out, hidden = mlp(x, weights, size, keep=pieces > 0)
+    return [out, torch.cat(hidden)] if len(hidden) > pieces else [out, *hidden]
 
 
-@opaque_mlp.register_fake
-def _(x: Tensor, weight1: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, keep = rest
-    return torch.empty_like(x), x.new_empty(x.shape[0] if keep else 0, weight1.shape[0])
+@_mlp.register_fake
+def _(x: Tensor, weight1: Tensor, *rest: Any) -> list[Tensor]:
+    *_, pieces = rest
+    rows, width = x.shape[0], weight1.shape[0]
+    counts = [rows] * pieces  # one or none
+    if pieces > 1:
+        counts = [len(part) for part in x.split(part_size(rows, width))]
+    return [torch.empty_like(x), *(x.new_empty(count, width) for count in counts)]
 
 
 @torch.library.custom_op("focal::cpu_mlp_backward", mutates_args=())
 def _mlp_backward(
-    grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor
+    grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, pieces: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     size = part_size(len(x), len(weight1))
-    return mlp_gradients(grad, x, weight1, weight2, hidden.split(size), size)
+    hidden = pieces[0].split(size) if len(pieces) == 1 else pieces
+    return mlp_gradients(grad, x, weight1, weight2, hidden, size)
 
 
 @_mlp_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, hidden: Tensor) -> tuple:
+def _(grad: Tensor, x: Tensor, weight1: Tensor, weight2: Tensor, pieces: Sequence[Tensor]) -> tuple:
     biases = (x.new_empty(weight.shape[0]) for weight in (weight1, weight2))
     weights = (torch.empty_like(weight) for weight in (weight1, weight2))
     (grad1, grad2), (sum1, sum2) = weights, biases
     return torch.empty_like(x), grad1, sum1, grad2, sum2
 
 
-def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight1, _, weight2, _, ctx.keep = inputs
-    ctx.save_for_backward(x, weight1, weight2, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _save_mlp(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    x, weight1, _, weight2, _, ctx.pieces = inputs
+    _, *hidden = output
+    ctx.save_for_backward(x, weight1, weight2, *hidden)
+    ctx.mark_non_differentiable(*hidden)
     ctx.set_materialize_grads(False)
 
 
-def _backward_mlp(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward_mlp(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    grad, *_ = grads
     if grad is None:
         return (None,) * 6
-    if not ctx.keep:
+    if not ctx.pieces:
         raise RuntimeError("focal::cpu_mlp was called with keep=False: it has no gradient")
-    return *_mlp_backward(grad, *ctx.saved_tensors), None
+    x, weight1, weight2, *hidden = ctx.saved_tensors
+    return *_mlp_backward(grad, x, weight1, weight2, hidden), None
 
 
-opaque_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
+_mlp.register_autograd(_backward_mlp, setup_context=_save_mlp)
 
 
 @torch.library.custom_op("focal::cpu_layer_norm", mutates_args=())

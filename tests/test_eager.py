@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cases import (
     run,
 )
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels import FocalGeometry, eager
 from kernels.eager_plan import make_plan, most_scores
@@ -67,8 +69,23 @@ def test_strided_inputs_give_the_same(case, layout):
     check(case, layout)
 
 
-# LARGE has four rows of five windows, of 21 364 scores each: the budgets give single windows, parts
-# of a row, rows, single images and several images.
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8], indirect=True)
+@pytest.mark.parametrize("small_steps", [100_000, 2_000_000], indirect=True)
+@pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
+def test_gradients_of_the_bias_are_summed_by_any_number_of_threads(case, small_steps, threads):
+    check(case)
+
+
+# LARGE has five columns of four windows, of 21 364 scores each: the budgets give single windows,
+# parts of a column, columns, single images and several images.
 @pytest.mark.parametrize("small_steps", [1, 50_000, 220_000, 800_000, 2_000_000], indirect=True)
 @pytest.mark.parametrize("case", [LARGE, MASKED], ids=str)
 def test_bands_and_groups_of_images_give_the_same(case, small_steps):
@@ -128,6 +145,24 @@ SHARED = [
 def plan_of(geometry: FocalGeometry, side: int, map_size=None, **options):
     size = (side, side)
     return make_plan(geometry, size, map_size or size, 2, torch.device("cpu"), 10**6, **options)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(cases(), st.sampled_from(SHARED)), st.sampled_from([1, 100, 1000]))
+def test_pieces_that_a_compiler_keeps_hold_every_step(case, budget):
+    size, query = case.map_size or case.shape[1:3], torch.empty(case.shape)
+    with (
+        patch.dict(eager.SCORES_PER_STEP, cpu=budget),
+        patch.object(torch.compiler, "is_compiling", return_value=True),
+    ):
+        kept = eager._Kept(
+            [torch.empty(n) for n in eager._kept_sizes(query, case.geometry, size, 0)]
+        )
+    plan = make_plan(case.geometry, case.shape[1:3], size, case.heads, query.device, budget)
+    for loaded in plan.loads(case.batch):
+        for band, images in plan.steps(loaded):
+            shape = (images.stop - images.start, case.heads, plan.num_scores(band))
+            assert kept.next(shape).shape == shape
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str)

@@ -122,17 +122,26 @@ def test_the_mlp_operators_are_registered_soundly(small_parts, tokens, keep):
     shapes = ((tokens, 6), (10, 6), (10,), (6, 10), (6,))
     tensors = [torch.randn(*x, dtype=torch.float64, requires_grad=keep) for x in shapes]
     torch.library.opcheck(torch.ops.focal.cpu_mlp.default, (*tensors, keep))
+    parts = len(tensors[0].split(part_size(tokens, 10)))
+    assert parts > 1 or not tokens
     x, weight1, _, weight2, _ = (tensor.detach() for tensor in tensors)
-    arguments = (torch.randn_like(x), x, weight1, weight2, x.new_zeros(tokens, 10).normal_())
-    torch.library.opcheck(torch.ops.focal.cpu_mlp_backward.default, arguments)
+    operator = torch.ops.focal.cpu_mlp_pieces
+    if not keep:
+        torch.library.opcheck(operator.default, (*tensors, 0))
+        return
+    for pieces in {1, parts}:
+        torch.library.opcheck(operator.default, (*tensors, pieces))
+        hidden = operator(*tensors, pieces)[1:]
+        assert [len(piece) for piece in hidden] == [len(part) for part in x.chunk(pieces)]
+        arguments = (torch.randn_like(x), x, weight1, weight2, [h.detach() for h in hidden])
+        torch.library.opcheck(torch.ops.focal.cpu_mlp_backward.default, arguments)
 
 
 def test_the_mlp_operator_keeps_nothing_unasked_and_then_has_no_gradient(small_parts):
     tensors = [torch.randn(*x, requires_grad=True) for x in ((9, 6), (10, 6), (10,), (6, 10), (6,))]
-    out, hidden = torch.ops.focal.cpu_mlp(*tensors, False)
-    assert hidden.numel() == 0
+    assert len(torch.ops.focal.cpu_mlp_pieces(*tensors, 0)) == 1
     with pytest.raises(RuntimeError, match="keep=False"):
-        out.sum().backward()
+        torch.ops.focal.cpu_mlp(*tensors, False).sum().backward()
 
 
 def traced(function, *arguments) -> str:
