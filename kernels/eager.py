@@ -18,14 +18,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Workspace, Workspaces
-from kernels.eager_plan import Band, Plan, make_plan, most_scores, most_scores_of_step
+from kernels.eager_plan import Band, Plan, make_plan, most_scores
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
@@ -48,9 +48,6 @@ SCORES_PER_STEP = {"cpu": _scores_per_cpu_step(), "other": 2**26}
 # Weights that are kept in one piece of memory: 16 MiB in float32. What is larger than 32 MiB the C
 # library takes from the kernel anew each time, which clears every page of it.
 KEPT_TOGETHER = 2**22
-# Under a compiler, where sizes may be symbols, the number of pieces cannot follow from them. With 8
-# images of 224 pixels these have 14 MiB and less.
-COMPILED_PIECES = 8
 
 
 def focal_attention(
@@ -69,7 +66,11 @@ def focal_attention(
     """See `kernels.focal_attention`; arguments are taken as already checked."""
     size = geometry.padded_size(*query.shape[1:3])
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
-    out, *_ = _attention(
+    # While a model is compiled an operator looks at sizes: there they are numbers or symbols for
+    # certain. In a graph for export, which others read, it would be one operator more.
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    attend = torch.ops.focal.eager_attention_in_graph if compiling else _attend
+    return attend(
         query,
         key,
         value,
@@ -81,10 +82,41 @@ def focal_attention(
         scale,
         list(map_size),
         dropout_p,
-        _kept_sizes(query, geometry, map_size, dropout_p) if trains else None,
+        trains,
         dropout_seed,
     )
-    return out
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    coarse_keys: Sequence[Tensor],
+    coarse_values: Sequence[Tensor],
+    pool_weights: Sequence[Tensor],
+    geometry_code: Sequence[int],
+    scale: float,
+    map_size: Sequence[int],
+    dropout_p: float,
+    trains: bool,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    kept_sizes = None
+    if trains:
+        kept_sizes = _kept_sizes(query, decode_geometry(geometry_code), map_size, dropout_p)
+    levels = (coarse_keys, coarse_values, pool_weights)
+    settings = (geometry_code, scale, map_size, dropout_p, kept_sizes, dropout_seed)
+    return _attention(query, key, value, bias, *levels, *settings)[0]
+
+
+torch.library.define(
+    "focal::eager_attention_in_graph",
+    "(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor[] coarse_keys, "
+    "Tensor[] coarse_values, Tensor[] pool_weights, int[] geometry_code, float scale, "
+    "SymInt[] map_size, float dropout_p, bool trains, Tensor? dropout_seed) -> Tensor",
+)
+torch.library.impl("focal::eager_attention_in_graph", "CompositeImplicitAutograd", _attend)
 
 
 def _given(entry: Pooling | PooledMap, which: str, query: Tensor, size: tuple[int, int]) -> Tensor:
@@ -254,16 +286,11 @@ def _plan(
 def _kept_sizes(
     query: Tensor, geometry: FocalGeometry, map_size: Sequence[int], dropout_p: float
 ) -> list[int] | None:
-    """Room for the scores of every step; under a compiler, whose sizes may be symbols, a bound."""
+    """Room for the scores of every step, or a bound where sizes are symbols of a compiler."""
     batch, height, width, heads, _ = query.shape
-    if torch.compiler.is_compiling():
-        scores = batch * heads * most_scores(geometry, height, width)
-        if query.device.type != "cpu":
-            return [scores]
-        # What is left at the end of a piece is less than a step.
-        step = most_scores_of_step(geometry, heads, SCORES_PER_STEP["cpu"])
-        return [scores // COMPILED_PIECES + step] * COMPILED_PIECES
-    with unset_fake_temporarily():  # a plan is made of numbers
+    if any(isinstance(size, torch.SymInt) for size in (*query.shape, *map_size)):
+        return [batch * heads * most_scores(geometry, height, width)]
+    with _disable_current_modes():  # a plan is made of numbers, of which no graph is to be made
         plan = _plan(geometry, query, map_size, dropout_p)
     sizes: list[int] = []
     for loaded in plan.loads(batch):

@@ -201,20 +201,8 @@ def most_scores(geometry: FocalGeometry, height: int, width: int) -> int:
     A plan would tell the number, but is made of numbers: here sizes may be a compiler's symbols.
     """
     rows, cols = geometry.num_windows(height, width)
-    return rows * cols * geometry.num_queries * _most_columns(geometry)
-
-
-def most_scores_of_step(geometry: FocalGeometry, num_heads: int, budget: int) -> int:
-    """An upper bound of the scores of a step, which holds one window at least; it has no symbols.
-
-    A window that stands for a whole map has no more queries than a shared map may have cells.
-    """
-    queries = max(geometry.num_queries, int(_SHARED_EXCESS * geometry.keys_per_level[0]))
-    return max(budget, num_heads * queries * _most_columns(geometry))
-
-
-def _most_columns(geometry: FocalGeometry) -> int:
-    return sum(int(_SHARED_EXCESS * keys) for keys in geometry.keys_per_level) + _KEY_UNIT
+    columns = sum(int(_SHARED_EXCESS * keys) for keys in geometry.keys_per_level) + _KEY_UNIT
+    return rows * cols * geometry.num_queries * columns
 
 
 def _sharing_pays(keys: Tensor, cells: int) -> bool:

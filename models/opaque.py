@@ -41,15 +41,6 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 opaque_linear.register_autograd(_linear_backward, setup_context=_save_linear)
 
 
-# The call is a composite operator, which runs as well while a graph is made of it. Only there is it
-# known whether a size is a number: how many tensors an operator gives must not follow from symbols.
-torch.library.define(
-    "focal::cpu_mlp",
-    "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool keep) -> Tensor",
-)
-
-
-@torch.library.impl("focal::cpu_mlp", "CompositeImplicitAutograd")
 def _call_mlp(x: Tensor, weight1: Tensor, *rest: Any) -> Tensor:
     *others, keep = rest
     pieces = 0
@@ -58,6 +49,15 @@ def _call_mlp(x: Tensor, weight1: Tensor, *rest: Any) -> Tensor:
         symbolic = isinstance(rows, torch.SymInt)
         pieces = 1 if symbolic else max(-(-rows // part_size(rows, weight1.shape[0])), 1)
     return _mlp(x, weight1, *others, pieces)[0]
+
+
+# The call is a composite operator, which runs as well while a graph is made of it. Only there is it
+# known whether a size is a number: how many tensors an operator gives must not follow from symbols.
+torch.library.define(
+    "focal::cpu_mlp",
+    "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, bool keep) -> Tensor",
+)
+torch.library.impl("focal::cpu_mlp", "CompositeImplicitAutograd", _call_mlp)
 
 
 def opaque_mlp(x: Tensor, weights: Sequence[Tensor], *, keep: bool) -> Tensor:

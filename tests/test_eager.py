@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import product
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from cases import (
     run,
 )
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kernels import FocalGeometry, eager
 from kernels.eager_plan import make_plan, most_scores
@@ -145,24 +143,6 @@ SHARED = [
 def plan_of(geometry: FocalGeometry, side: int, map_size=None, **options):
     size = (side, side)
     return make_plan(geometry, size, map_size or size, 2, torch.device("cpu"), 10**6, **options)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.one_of(cases(), st.sampled_from(SHARED)), st.sampled_from([1, 100, 1000]))
-def test_pieces_that_a_compiler_keeps_hold_every_step(case, budget):
-    size, query = case.map_size or case.shape[1:3], torch.empty(case.shape)
-    with (
-        patch.dict(eager.SCORES_PER_STEP, cpu=budget),
-        patch.object(torch.compiler, "is_compiling", return_value=True),
-    ):
-        kept = eager._Kept(
-            [torch.empty(n) for n in eager._kept_sizes(query, case.geometry, size, 0)]
-        )
-    plan = make_plan(case.geometry, case.shape[1:3], size, case.heads, query.device, budget)
-    for loaded in plan.loads(case.batch):
-        for band, images in plan.steps(loaded):
-            shape = (images.stop - images.start, case.heads, plan.num_scores(band))
-            assert kept.next(shape).shape == shape
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str)

@@ -18,6 +18,8 @@ from cases import (
     random_gradient,
     run,
 )
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from kernels import Pooling, eager, focal_attention, resolve_backend
 from kernels.geometry import encode_geometry
@@ -86,6 +88,22 @@ def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep):
     sizes = eager._kept_sizes(arguments[0], case.geometry, size, dropout_p) if keep else None
     torch.library.opcheck(
         torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p, sizes))
+    )
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_eager_attention_in_a_graph_is_registered_soundly(trains):
+    case, dtype = replace(CASE, ready=()), torch.float64
+    keys, values = (
+        [random(case.batch, *cells, case.heads, case.head_dim, dtype=dtype, grad=trains)]
+        for cells in coarse_cells(case) * 2
+    )
+    weights = [random(2, 2, dtype=dtype, grad=trains)]
+    arguments = (*maps(case, dtype, trains), bias(case, dtype, trains), keys, values, weights)
+    code, scale, size, dropout_p, seed = settings(case, 0.0)
+    torch.library.opcheck(
+        torch.ops.focal.eager_attention_in_graph.default,
+        (*arguments, code, scale, size, dropout_p, trains, seed),
     )
 
 
@@ -231,7 +249,8 @@ def test_compiled_whole_graph_gives_the_same(case, backend, fresh_compiler):
         ),
     ],
 )
-def test_compiled_graph_serves_other_map_sizes(backend, fresh_compiler):
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiled_graph_serves_other_map_sizes(backend, grad, fresh_compiler):
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def function(query, key, value, bias, weight):
         return focal_attention(
@@ -243,15 +262,46 @@ def test_compiled_graph_serves_other_map_sizes(backend, fresh_compiler):
 
     def check(height: int, width: int) -> None:
         case = replace(CASE, height=height, width=width, offsets=False)
-        tensors = {name: x.detach() for name, x in make_tensors(case).items()}
-        expected = attend(case, tensors, "reference")
-        torch.testing.assert_close(function(*tensors.values()), expected, atol=1e-10, rtol=1e-10)
+        tensors = make_tensors(case)
+        if not grad:
+            tensors = {name: x.detach() for name, x in tensors.items()}
+        expected, out = attend(case, tensors, "reference"), function(*tensors.values())
+        torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+        if grad:
+            gradient = random_gradient(case)
+            got, want = (
+                torch.autograd.grad(x, list(tensors.values()), gradient) for x in (out, expected)
+            )
+            torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
     # Compiled for the first size, and once more with the sizes free.
     check(4, 6)
     check(5, 7)
     with torch.compiler.set_stance("fail_on_recompile"):
         check(9, 6)
+
+
+def test_a_plan_made_while_a_graph_is_made_is_no_part_of_it(monkeypatch, fresh_compiler):
+    monkeypatch.setattr(eager, "_bands", eager._bands.__wrapped__)  # no plan is found made
+    tensors, gradient, graphs = make_tensors(CASE), random_gradient(CASE), []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if "call" in node.op])
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        lambda tensors: attend(CASE, tensors, "eager"),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=keep),
+    )
+    out = compiled(tensors)
+    expected = run(CASE, tensors, "reference", gradient)
+    grads = torch.autograd.grad(out, list(tensors.values()), gradient)
+    assert_same({"out": out.detach(), **dict(zip(tensors, grads, strict=True))}, expected)
+    forward, backward = graphs
+    assert forward.count("focal.eager_attention.default") == 1
+    assert backward.count("focal.eager_attention_backward.default") == 1
+    assert not any("arange" in x or "tensor" in x or "cat" in x for x in forward)
 
 
 # -- autocast -------------------------------------------------------------------------------------
