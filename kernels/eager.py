@@ -1,9 +1,10 @@
 """Focal attention in plain PyTorch, made for speed on a CPU: the default backend there.
 
 The same sum as the oracle, but the working set stays in the cache: windows are taken in bands of
-window rows and images a few at a time, the keys of a band are copied once into a small buffer that
-already has its borders, and windows read that buffer through an overlapping strided view. Sums run
-in a fixed order, so results do not change from run to run.
+window columns and images a few at a time, the keys of a band are copied once into a small buffer
+that already has its borders, and windows read that buffer through an overlapping strided view. Each
+thread keeps to windows of its own. Sums run in a fixed order, so results do not change from run to
+run with the same number of threads.
 
 A training step keeps its attention weights: to compute them again takes longer than to read them.
 """
