@@ -23,6 +23,7 @@ from cases import (
 from hypothesis import given, settings
 
 from kernels import FocalGeometry, eager
+from kernels.eager_gather import Workspaces
 from kernels.eager_plan import make_plan, most_scores
 
 LAYOUTS = pytest.mark.parametrize("layout", [fused, heads_first, channels_first])
@@ -108,6 +109,23 @@ def test_steps_cover_every_window_of_every_image_once():
         ]
         assert sorted(seen) == list(product(range(LARGE.batch), range(rows), range(cols)))
         assert max(band.num_windows for band in plan.bands) * plan.images <= windows
+
+
+def test_products_that_a_thread_computes_lie_in_memory_of_their_own():
+    """Threads get halves of a step: of its products, and of what a copy or sum fills."""
+    size, like = LARGE.shape[1:3], torch.empty(LARGE.shape)
+    plan = make_plan(LARGE.geometry, size, size, LARGE.heads, like.device, budget=100_000)
+    assert {band.shape for band in plan.bands} == {(4, 1)}  # rows of the map for each half
+    work = Workspaces(plan, like).of(plan.bands[0], slice(0, 1))
+    products = work.score_shape[0]
+    starts = [[part.data_ptr() for part in side] for side in work.key_value.sides]
+    assert max(x for side in starts for x in side[: products // 2]) < min(
+        x for side in starts for x in side[products // 2 :]
+    )
+    assert all(side.is_contiguous() for side in work.grad_key_value.sides)
+    patch = plan.levels[0]
+    unrolled = patch.new_unrolled(torch.empty(2, *LARGE.shape), images=1)
+    assert max(unrolled.stride()) == unrolled.stride(1) > unrolled.stride(3) > unrolled.stride(0)
 
 
 def test_inner_bands_share_their_masks():
@@ -314,6 +332,27 @@ def test_weights_are_kept_in_pieces_of_whole_steps(together, small_steps, monkey
     assert sum(sizes) == sum(pieces)
     got = run(LARGE, tensors, "eager", gradient)
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("small_steps", [400], indirect=True)
+def test_a_graph_of_known_sizes_keeps_the_pieces_of_plain_execution(small_steps, monkeypatch):
+    attention, seen = eager._attention, []
+
+    def spy(*arguments):
+        seen.append(arguments[-2])
+        return attention(*arguments)
+
+    monkeypatch.setattr(eager, "_attention", spy)
+    monkeypatch.setattr(eager, "KEPT_TOGETHER", 2**17)
+    tensors = make_tensors(LARGE)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    compiled(LARGE, tensors, "eager").sum().backward()
+    torch._dynamo.reset()
+    expected = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
+    assert len(expected) > 1
+    assert all(sizes == expected for sizes in seen)
+    assert seen
 
 
 def test_weights_are_kept_for_a_gradient_alone(keeping):

@@ -5,7 +5,7 @@ import torch
 from timm import create_model
 from torch.nn import functional as F
 
-from models import layers, products
+from models import layers, opaque, products
 from models.focal_attention import _Unbind
 from models.layers import LayerNorm, Mlp
 from models.products import part_size
@@ -174,6 +174,23 @@ def test_a_compiled_mlp_serves_other_sizes(small_parts, fresh_compiler):
     with torch.compiler.set_stance("fail_on_recompile"):
         x = torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
         assert_same_with_gradients(compiled(x), plain(mlp, x), [x, *mlp.parameters()])
+
+
+def test_a_compiled_mlp_of_known_size_keeps_its_parts_as_they_are(
+    small_parts, fresh_compiler, monkeypatch
+):
+    operator, seen = opaque._mlp, set()
+
+    def spy(*arguments):
+        seen.add(arguments[-1])
+        return operator(*arguments)
+
+    monkeypatch.setattr(opaque, "_mlp", spy)
+    mlp, x = Mlp(6, 10), torch.randn(9, 6)
+    torch.compile(mlp, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    parts = len(x.split(part_size(9, 10)))
+    assert seen == {parts}
+    assert parts > 1
 
 
 def test_a_compiled_mlp_that_is_no_plain_one_is_compiled_whole(small_parts, fresh_compiler):
