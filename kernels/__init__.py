@@ -1,10 +1,15 @@
 """Focal self-attention: one operator, three backends.
 
 Public names: `FocalLevel`, `FocalGeometry` (which keys a window attends), `Pooling`, `PooledMap`
-(how a coarse level gets its keys) and `focal_attention`.
+(how a coarse level gets its keys), `focal_attention` and `focal_attention_qkvpacked`.
 """
 
-from kernels.api import BACKENDS, focal_attention, resolve_backend
+from kernels.api import (
+    BACKENDS,
+    focal_attention,
+    focal_attention_qkvpacked,
+    resolve_backend,
+)
 from kernels.coarse import PooledMap, Pooling
 from kernels.geometry import FocalGeometry, FocalLevel
 
@@ -15,5 +20,6 @@ __all__ = [
     "PooledMap",
     "Pooling",
     "focal_attention",
+    "focal_attention_qkvpacked",
     "resolve_backend",
 ]

@@ -1,4 +1,4 @@
-"""`focal_attention`: checks every argument, then hands over to one backend."""
+"""`focal_attention` in two forms: checks every argument, then hands over to one backend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from kernels import eager, reference
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import draw_seed
 from kernels.geometry import FocalGeometry
+from kernels.maps import apart
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 if TRITON_INSTALLED:  # Triton has no build for macOS and Windows: the other backends run there
     from kernels import ops
 
-__all__ = ["BACKENDS", "focal_attention", "resolve_backend"]
+__all__ = ["BACKENDS", "focal_attention", "focal_attention_qkvpacked", "resolve_backend"]
 
 BACKENDS = ("auto", "reference", "eager", "triton")
 
@@ -73,6 +74,88 @@ def focal_attention(
         NotImplementedError: Forward-mode derivatives through another backend than the reference.
     """
     _check_maps(query, key, value)
+    return _attend(
+        (query, key, value),
+        bias,
+        geometry=geometry,
+        pooling=pooling,
+        scale=scale,
+        map_size=map_size,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        backend=backend,
+    )
+
+
+def focal_attention_qkvpacked(
+    qkv: Tensor,
+    bias: Tensor,
+    *,
+    geometry: FocalGeometry,
+    pooling: Sequence[Pooling | PooledMap] = (),
+    scale: float | None = None,
+    map_size: tuple[int, int] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`focal_attention` of a projection that makes query, key and value side by side.
+
+    Its gradient is one tensor too, where three would have to be copied together again.
+
+    Args:
+        qkv: `[batch, height, width, 3, heads, head_dim]`: query, key, value; floating point; any
+            strides.
+        bias: This and the rest as in `focal_attention`.
+        geometry: See there.
+        pooling: See there.
+        scale: See there.
+        map_size: See there.
+        dropout_p: See there.
+        dropout_seed: See there.
+        backend: See there.
+
+    Returns:
+        `[batch, height, width, heads, head_dim]`, the dtype of ``qkv``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: As `focal_attention` does.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(
+            "qkv must be [batch, height, width, 3, heads, head_dim], query, key and value along "
+            f"the fourth axis, got {list(qkv.shape)}"
+        )
+    _check_maps(*apart([qkv]))
+    return _attend(
+        (qkv,),
+        bias,
+        geometry=geometry,
+        pooling=pooling,
+        scale=scale,
+        map_size=map_size,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        backend=backend,
+    )
+
+
+def _attend(
+    maps: Sequence[Tensor],
+    bias: Tensor,
+    *,
+    geometry: FocalGeometry,
+    pooling: Sequence[Pooling | PooledMap],
+    scale: float | None,
+    map_size: tuple[int, int] | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The rest of the checks, and the backend; ``maps`` as `kernels.maps.apart` takes them."""
+    query, _, _ = apart(maps)
     if not isinstance(geometry, FocalGeometry):
         raise TypeError(f"geometry must be a FocalGeometry, got {type(geometry).__name__}")
     _check_bias(bias, query, geometry)
@@ -88,12 +171,10 @@ def focal_attention(
         dropout_seed = draw_seed(query.device)
     name = resolve_backend(backend, query.device, query.dtype)
     if name != "reference" and not torch.compiler.is_compiling():
-        _refuse_forward_mode(name, query, key, value, bias, *_pooling_tensors(pooling))
+        _refuse_forward_mode(name, *maps, bias, *_pooling_tensors(pooling))
     run = {"reference": reference, "eager": eager}.get(name) or ops
     return run.focal_attention(
-        query,
-        key,
-        value,
+        maps,
         bias,
         geometry=geometry,
         pooling=pooling,

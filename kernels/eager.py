@@ -30,6 +30,7 @@ from kernels.eager_plan import Band, Plan, make_plan, most_scores
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
+from kernels.maps import apart, as_given
 
 __all__ = ["focal_attention"]
 
@@ -52,9 +53,7 @@ KEPT_TOGETHER = 2**22
 
 
 def focal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     *,
     geometry: FocalGeometry,
@@ -65,16 +64,15 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
+    query, _, _ = apart(maps)
     size = geometry.padded_size(*query.shape[1:3])
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, bias))
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (*maps, bias))
     # While a model is compiled an operator looks at sizes: there they are numbers or symbols for
     # certain. In a graph for export, which others read, it would be one operator more.
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     attend = torch.ops.focal.eager_attention_in_graph if compiling else _attend
     return attend(
-        query,
-        key,
-        value,
+        list(maps),
         bias,
         [_given(entry, "key", query, size) for entry in pooling],
         [_given(entry, "value", query, size) for entry in pooling],
@@ -89,9 +87,7 @@ def focal_attention(
 
 
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
@@ -105,17 +101,18 @@ def _attend(
 ) -> Tensor:
     kept_sizes = None
     if trains:
+        query, _, _ = apart(maps)
         kept_sizes = _kept_sizes(query, decode_geometry(geometry_code), map_size, dropout_p)
     levels = (coarse_keys, coarse_values, pool_weights)
     settings = (geometry_code, scale, map_size, dropout_p, kept_sizes, dropout_seed)
-    return _attention(query, key, value, bias, *levels, *settings)[0]
+    return _attention(maps, bias, *levels, *settings)[0]
 
 
 torch.library.define(
     "focal::eager_attention_in_graph",
-    "(Tensor query, Tensor key, Tensor value, Tensor bias, Tensor[] coarse_keys, "
-    "Tensor[] coarse_values, Tensor[] pool_weights, int[] geometry_code, float scale, "
-    "SymInt[] map_size, float dropout_p, bool trains, Tensor? dropout_seed) -> Tensor",
+    "(Tensor[] maps, Tensor bias, Tensor[] coarse_keys, Tensor[] coarse_values, "
+    "Tensor[] pool_weights, int[] geometry_code, float scale, SymInt[] map_size, "
+    "float dropout_p, bool trains, Tensor? dropout_seed) -> Tensor",
 )
 torch.library.impl("focal::eager_attention_in_graph", "CompositeImplicitAutograd", _attend)
 
@@ -232,9 +229,7 @@ def _in_given_dtype(function: Callable[_Inputs, _Result]) -> Callable[_Inputs, _
 @torch.library.custom_op("focal::eager_attention", mutates_args=())
 @_in_given_dtype
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
@@ -250,6 +245,7 @@ def _attention(
 
     Weights are those before dropout.
     """
+    query, key, value = apart(maps)
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     coarse = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
@@ -358,8 +354,9 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
 
 
 @_attention.register_fake
-def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
+def _(maps, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
     *_, kept_sizes, _ = settings
+    query, _, _ = apart(maps)
     coarse = [query.new_empty((2, *keys.shape)) for keys in coarse_keys]
     kept = [query.new_empty(size) for size in kept_sizes or ()]
     return [torch.empty_like(query, memory_format=torch.contiguous_format), *coarse, *kept]
@@ -369,9 +366,7 @@ def _(query, key, value, bias, coarse_keys, coarse_values, pool_weights, code, *
 @_in_given_dtype
 def _attention_backward(
     grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     pool_weights: Sequence[Tensor],
     coarse: Sequence[Tensor],
@@ -382,6 +377,7 @@ def _attention_backward(
     dropout_p: float,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
+    query, key, value = apart(maps)
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
     key_values = [_side_by_side(key, value), *coarse]
@@ -456,45 +452,48 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, *, out: Tensor) -
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, weights, coarse, kept, *settings):
+def _(grad_out, maps, bias, weights, coarse, kept, *settings):
+    query, _, _ = apart(maps)
     grad_maps = query.new_empty((*query.shape[:3], 3, *query.shape[3:]))
     like = (*coarse, *weights, bias)
     return [grad_maps, *(x.new_empty(x.shape) for x in like)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, bias, _, _, weights, *settings, _, seed = inputs
+    maps, bias, _, _, weights, *settings, _, seed = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # else zeros are made for all that is kept
-    ctx.num_coarse = len(weights)
+    ctx.num_maps, ctx.num_coarse = len(maps), len(weights)
     ctx.settings = settings
-    ctx.save_for_backward(query, key, value, bias, seed, *weights, *kept)
+    ctx.save_for_backward(bias, seed, *maps, *weights, *kept)
 
 
 def _backward(ctx, grads_out):
     grad_out, *_ = grads_out
-    count = ctx.num_coarse
+    num_maps, count = ctx.num_maps, ctx.num_coarse
     none = (None,) * (len(ctx.settings) + 2)
     if grad_out is None:
-        return (*(None,) * 4, *([None] * count,) * 3, *none)
-    query, key, value, bias, seed, *rest = ctx.saved_tensors
+        return ([None] * num_maps, None, *([None] * count,) * 3, *none)
+    bias, seed, *rest = ctx.saved_tensors
+    maps, rest = rest[:num_maps], rest[num_maps:]
     lists = rest[:count], rest[count : 2 * count], rest[2 * count :]
     grad_maps, *grads, grad_bias = _attention_backward(
-        grad_out, query, key, value, bias, *lists, *ctx.settings, seed
+        grad_out, maps, bias, *lists, *ctx.settings, seed
     )
     coarse_keys, coarse_values = ([grad[side] for grad in grads[:count]] for side in (0, 1))
-    return (*grad_maps.unbind(3), grad_bias, coarse_keys, coarse_values, grads[count:], *none)
+    grads_as_given = as_given(grad_maps, num_maps)
+    return (grads_as_given, grad_bias, coarse_keys, coarse_values, grads[count:], *none)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.focal.eager_attention)
-def _(query, key, value, bias, coarse_keys, coarse_values, weights, code, *settings, out_shape):
-    return forward_flops(query, code)
+def _(maps, bias, coarse_keys, coarse_values, weights, code, *settings, out_shape):
+    return forward_flops(maps[0], code)
 
 
 @register_flop_formula(torch.ops.focal.eager_attention_backward)
-def _(d_out, query, key, value, bias, weights, coarse, kept, code, *settings, out_shape):
-    return backward_flops(query, code)
+def _(d_out, maps, bias, weights, coarse, kept, code, *settings, out_shape):
+    return backward_flops(maps[0], code)

@@ -15,8 +15,11 @@ __all__ = ["backward_flops", "forward_flops"]
 
 
 def _product(query_shape: Sequence[int], geometry_code: Sequence[int]) -> int:
-    """Operations of one product over all pairs of queries and keys."""
-    batch, height, width, heads, head_dim = query_shape
+    """Operations of one product over all pairs of queries and keys.
+
+    The shape may be that of a map that holds query, key and value (`kernels.maps`).
+    """
+    batch, height, width, *_, heads, head_dim = query_shape
     geometry = decode_geometry(geometry_code)
     windows = math.prod(geometry.num_windows(height, width))
     return 2 * batch * windows * heads * geometry.num_queries * geometry.num_keys * head_dim

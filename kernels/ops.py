@@ -7,6 +7,7 @@ on a CPU as well (docs/decisions.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from kernels.flops import backward_flops, forward_flops
 from kernels.forward import launch_forward
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 from kernels.launch import Problem, device_target, pools_inline, stats_shape, sum_dtype
+from kernels.maps import apart, as_given
 from kernels.pooling import PoolProblem, launch_pool, launch_pool_backward
 from kernels.tiles import Pool
 
@@ -30,9 +32,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
 
 def focal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     *,
     geometry: FocalGeometry,
@@ -43,16 +43,18 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
+    query, key, value = apart(maps)
     if scale < SMALLEST_SCALE:  # the kernels divide the bias by it
         query, scale = query * scale, 1.0
+        maps = (query, key, value)
     ready = [n for n, entry in enumerate(pooling, start=1) if isinstance(entry, PooledMap)]
-    tensors = (query, key, value, bias, *_pools(key, pooling), *_ready_maps(query, pooling))
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    tensors = (bias, *_pools(key, pooling), *_ready_maps(query, pooling))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*maps, *tensors))
     code = encode_geometry(geometry)
     settings = (code, ready, scale, list(map_size), dropout_p, dropout_seed)
     if keep and not torch.compiler.is_compiling():
-        return _EagerAttention.apply(*tensors, *settings, keep)[0]
-    return _attention(*tensors, *settings, keep)[0]
+        return _EagerAttention.apply(len(maps), *maps, *tensors, *settings, keep)[0]
+    return _attention(list(maps), *tensors, *settings, keep)[0]
 
 
 def _pools(key: Tensor, pooling: Sequence[Pooling | PooledMap]) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,9 +141,7 @@ def _weight_sizes(levels: Sequence[int], geometry: FocalGeometry) -> list[int]:
 
 @torch.library.custom_op("focal::attention", mutates_args=())
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     weights: Tensor,
     key_offsets: Tensor,
@@ -157,7 +157,7 @@ def _attention(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what backward needs: statistics and packed coarse maps, empty if not kept."""
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    query, key, value = (_rows(x) for x in apart(maps))
     geometry = decode_geometry(geometry_code)
     levels = _levels_but(ready, geometry)
     each = [query.shape[3]] * len(levels)
@@ -183,8 +183,8 @@ def _attention(
         if ready:
             places = _cells(ready, geometry, query)
             sizes = [place.stop - place.start for place in places]
-            for packed, maps in zip(coarse, (ready_keys, ready_values), strict=True):
-                for place, part in zip(places, maps.split(sizes, dim=1), strict=True):
+            for packed, cells in zip(coarse, (ready_keys, ready_values), strict=True):
+                for place, part in zip(places, cells.split(sizes, dim=1), strict=True):
                     packed[:, place] = part
         out, stats = launch_forward(query, key, value, bias, coarse, (), dropout_seed, problem)
         return (out, stats, *coarse) if keep else (out, *_nothing(query))
@@ -203,8 +203,9 @@ def _nothing(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _(query, key, value, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, ready, *rest):
+def _(maps, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, ready, *rest):
     keep = rest[-1]
+    query, _, _ = apart(maps)
     out = query.new_empty(query.shape)
     if not keep:
         return out, *_nothing(query)
@@ -216,9 +217,7 @@ def _(query, key, value, bias, weights, k_offsets, v_offsets, r_keys, r_values, 
 @torch.library.custom_op("focal::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     weights: Tensor,
     out: Tensor,
@@ -234,7 +233,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value side by side, bias, weights and packed coarse maps."""
     geometry, coarse = decode_geometry(geometry_code), (coarse_key, coarse_value)
-    grad_out, query, key, value = _rows(grad_out), _rows(query), _rows(key), _rows(value)
+    grad_out, query, key, value = (_rows(x) for x in (grad_out, *apart(maps)))
     problem = _problem(query, geometry, scale, map_size, dropout_p)
     with torch.cuda.device_of(query):
         grad_maps, grad_bias, grad_coarse = launch_backward(
@@ -253,31 +252,36 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad_out, query, key, value, bias, weights, out, stats, coarse_key, coarse_value, *settings):
+def _(grad_out, maps, bias, weights, out, stats, coarse_key, coarse_value, *settings):
+    query, _, _ = apart(maps)
     grad_maps = query.new_empty(*query.shape[:3], 3, *query.shape[3:])
     inputs = (bias, weights, coarse_key, coarse_value)
     return grad_maps, *(x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    query, key, value, bias, weights, k_offsets, v_offsets, *_ = inputs
-    *settings, seed, ctx.keep = inputs[9:]
-    ctx.save_for_backward(query, key, value, bias, weights, *output, seed)
+    maps, bias, weights, k_offsets, v_offsets, *_ = inputs
+    *settings, seed, ctx.keep = inputs[7:]
+    ctx.num_maps = len(maps)
+    ctx.save_for_backward(*maps, bias, weights, *output, seed)
     ctx.settings, ctx.offset_dtypes = settings, (k_offsets.dtype, v_offsets.dtype)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward_attention(ctx, grad_out, *_):
+    geometry, ready = decode_geometry(ctx.settings[0]), ctx.settings[1]
+    # An empty list the registration takes for one of tensors, and expects as many gradients.
+    none: tuple[Any, ...] = (None, None if ready else [], *(None,) * 5)
     if grad_out is None:
-        return (None,) * 16
+        return [None] * ctx.num_maps, *(None,) * 6, *none
     if not ctx.keep:
         raise RuntimeError("focal::attention was called with keep=False: it has no gradient")
     *tensors, seed = ctx.saved_tensors
+    maps, tensors = tensors[: ctx.num_maps], tensors[ctx.num_maps :]
     grad_maps, grad_bias, grad_weights, *grad_coarse = _attention_backward(
-        grad_out, *tensors, *ctx.settings, seed
+        grad_out, maps, *tensors, *ctx.settings, seed
     )
-    geometry, ready = decode_geometry(ctx.settings[0]), ctx.settings[1]
     grad_offsets: list[Tensor | None] = [None, None]
     grad_ready: list[Tensor | None] = [None, None]
     if len(ready) < len(geometry.levels) - 1:  # an offset is added to every cell of every image
@@ -289,8 +293,8 @@ def _backward_attention(ctx, grad_out, *_):
     if ready:
         places = _cells(ready, geometry, grad_out)
         grad_ready = [torch.cat([grad[:, x] for x in places], dim=1) for grad in grad_coarse]
-    grads = (*grad_maps.unbind(3), grad_bias, grad_weights, *grad_offsets, *grad_ready)
-    return *grads, *(None,) * 7
+    grads_as_given = as_given(grad_maps, ctx.num_maps)
+    return grads_as_given, grad_bias, grad_weights, *grad_offsets, *grad_ready, *none
 
 
 def _sum_cells(grad: Tensor) -> Tensor:
@@ -304,25 +308,28 @@ _attention.register_autograd(_backward_attention, setup_context=_setup_attention
 class _EagerAttention(torch.autograd.Function):
     """The operator and its registered gradient, without the registry's wrapper.
 
-    That looks each argument up in the schema at every call (docs/decisions.md).
+    That looks each argument up in the schema at every call (docs/decisions.md). Of tensors in a
+    list such a function would not make gradients: the first argument is the number of maps.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, num_maps, *flat):
+        inputs = list(flat[:num_maps]), *flat[num_maps:]
         output = _attention(*inputs)
         _setup_attention(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        return _backward_attention(ctx, *grads)
+        of_maps, *others = _backward_attention(ctx, *grads)
+        return None, *of_maps, *others[:6], *(None,) * 7
 
 
 @register_flop_formula(torch.ops.focal.attention)
-def _(query, key, value, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, *_, **__):
-    return forward_flops(query, code)
+def _(maps, bias, weights, k_offsets, v_offsets, r_keys, r_values, code, *_, **__):
+    return forward_flops(maps[0], code)
 
 
 @register_flop_formula(torch.ops.focal.attention_backward)
-def _(d_out, query, key, value, bias, weights, out, stats, c_key, c_value, code, *_, **__):
-    return backward_flops(query, code)
+def _(d_out, maps, bias, weights, out, stats, c_key, c_value, code, *_, **__):
+    return backward_flops(maps[0], code)

@@ -16,14 +16,13 @@ from torch import Tensor
 from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.geometry import FocalGeometry, index_tables
+from kernels.maps import apart
 
 __all__ = ["focal_attention", "pool_map"]
 
 
 def focal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    maps: Sequence[Tensor],
     bias: Tensor,
     *,
     geometry: FocalGeometry,
@@ -34,6 +33,7 @@ def focal_attention(
     dropout_seed: Tensor | None,
 ) -> Tensor:
     """See `kernels.focal_attention`; arguments are taken as already checked."""
+    query, key, value = apart(maps)
     height, width = query.shape[1:3]
     query_index, key_index, seam = index_tables(geometry, height, width, map_size, query.device)
     query, key, value = (pad_to_windows(x, geometry) for x in (query, key, value))

@@ -9,15 +9,14 @@ here depends on the size of the map.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels import FocalGeometry, PooledMap, Pooling, focal_attention
+from kernels import FocalGeometry, PooledMap, Pooling, focal_attention_qkvpacked
 from models.bias import FocalBias
 from models.layers import Linear
 
@@ -123,13 +122,9 @@ class FocalAttention(nn.Module):
         rows, cols = self.geometry.padded_size(height, width)
         if (rows, cols) != (height, width):
             x = F.pad(x, (0, 0, 0, cols - width, 0, rows - height))
-        # [batch, rows, cols, 3, heads, head_dim]; query, key and value are views of it.
         qkv = self.qkv(x).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(3) if torch.compiler.is_compiling() else _Unbind.apply(qkv)
-        out = focal_attention(
-            query,
-            key,
-            value,
+        out = focal_attention_qkvpacked(
+            qkv,
             self.bias(),
             geometry=self.geometry,
             pooling=self._pooling(x),
@@ -170,32 +165,6 @@ class FocalAttention(nn.Module):
         projected = F.linear(planes.permute(0, 2, 3, 1), weight, bias)
         key, value = projected.unflatten(3, (2, self.num_heads, self.head_dim)).unbind(3)
         return PooledMap(key, value)
-
-
-class _Unbind(torch.autograd.Function):
-    """``qkv.unbind(3)``; gradients that already lie side by side are not copied together again."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor) -> tuple[Tensor, ...]:
-        return qkv.unbind(3)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        query = grads[0]
-        batch, rows, cols, heads, dim = query.shape
-        token = heads * dim  # numbers of one of the three
-        strides = (rows * cols * 3 * token, cols * 3 * token, 3 * token, dim, 1)
-        beside = all(
-            grad.stride() == strides
-            and grad.storage_offset() == query.storage_offset() + place * token
-            and grad.untyped_storage().data_ptr() == query.untyped_storage().data_ptr()
-            for place, grad in enumerate(grads)
-        )
-        if not beside:
-            return torch.stack(grads, dim=3)
-        shape = (batch, rows, cols, 3, heads, dim)
-        return query.as_strided(shape, (*strides[:3], token, *strides[3:]))
 
 
 def _depthwise_mean(dim: int, subwindow_size: int) -> nn.Conv2d:

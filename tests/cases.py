@@ -16,7 +16,7 @@ from benchmarks.operator_cases import (  # noqa: F401 (the tests import them fro
     make_pooling,
     make_tensors,
 )
-from kernels import focal_attention
+from kernels import focal_attention, focal_attention_qkvpacked
 from kernels.api import TRITON_INSTALLED
 
 if TRITON_INSTALLED:
@@ -66,16 +66,18 @@ ODD_CASES = (
 ODD = pytest.mark.parametrize("case", ODD_CASES, ids=case_id)
 
 
-def attend(case: Case, tensors: Tensors, backend: str, **options) -> Tensor:
-    """The operator's output for a case."""
+def attend(
+    case: Case, tensors: Tensors, backend: str, *, packed: bool = False, **options
+) -> Tensor:
+    """The operator's output for a case; ``packed`` for query, key and value as one map."""
     if case.dropout_p:
         options = {"dropout_p": case.dropout_p, **options}
         if "dropout_seed" not in options:  # made here alone: a copy to a GPU cannot be captured
             options["dropout_seed"] = torch.tensor([1234], device=tensors["query"].device)
-    return focal_attention(
-        tensors["query"],
-        tensors["key"],
-        tensors["value"],
+    maps = [tensors[name] for name in ("query", "key", "value")]
+    function = focal_attention_qkvpacked if packed else focal_attention
+    return function(
+        *([torch.stack(maps, dim=3)] if packed else maps),
         tensors["bias"],
         geometry=case.geometry,
         pooling=make_pooling(case, tensors),

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels import FocalGeometry, FocalLevel, PooledMap, focal_attention
+from kernels import (
+    FocalGeometry,
+    FocalLevel,
+    PooledMap,
+    focal_attention,
+    focal_attention_qkvpacked,
+)
 from models.bias import FocalBias
 from models.focal_attention import FocalAttention
 
@@ -162,13 +168,19 @@ def test_wrapped_borders_attend_the_projected_padding():
     torch.testing.assert_close(attn(x), whole[:, :, :3], atol=1e-12, rtol=1e-12)
 
 
-def test_query_key_and_value_reach_the_operator_as_views(monkeypatch):
+def test_the_projection_reaches_the_operator_as_it_is(monkeypatch):
     seen: list[torch.Tensor] = []
 
-    def spy(query, key, value, *args, **kwargs):
-        seen.extend((query, key, value))
-        return focal_attention(query, key, value, *args, **kwargs)
+    def spy(qkv, *args, **kwargs):
+        seen.append(qkv)
+        return focal_attention_qkvpacked(qkv, *args, **kwargs)
 
-    monkeypatch.setattr("models.focal_attention.focal_attention", spy)
-    module(geometry_of(4, (1, 8), (4, 3)))(features(8, 8))
-    assert len({x.untyped_storage().data_ptr() for x in seen}) == 1
+    monkeypatch.setattr("models.focal_attention.focal_attention_qkvpacked", spy)
+    attn, x = module(geometry_of(4, (1, 8), (4, 3))), features(8, 8)
+    projected: list[torch.Tensor] = []
+    attn.qkv.register_forward_hook(lambda module, inputs, output: projected.append(output))
+    attn(x)
+    ((qkv,), (output,)) = seen, projected
+    assert qkv.data_ptr() == output.data_ptr()
+    assert qkv.is_contiguous()
+    assert qkv.shape[:4] == (len(x), 8, 8, 3)

@@ -6,7 +6,6 @@ from timm import create_model
 from torch.nn import functional as F
 
 from models import layers, opaque, products
-from models.focal_attention import _Unbind
 from models.layers import LayerNorm, Mlp
 from models.products import part_size
 
@@ -72,16 +71,6 @@ def test_parts_are_whole_units_and_nearly_equal(rows, width, unit):
     assert size % unit == 0
     assert size <= max(products.PART_SIZE // width, products.PART_ROWS)
     assert size * count - rows < count * unit
-
-
-def test_gradients_side_by_side_are_not_copied():
-    qkv = torch.randn(2, 4, 5, 3, 2, 6, requires_grad=True)
-    whole = torch.randn(2, 4, 5, 3, 2, 6)
-    parts = whole.unbind(3)
-    for grads in (parts, [x.clone() for x in parts], parts[::-1], (parts[0], parts[2], parts[1])):
-        (got,) = torch.autograd.grad(_Unbind.apply(qkv), qkv, grads)
-        torch.testing.assert_close(got, torch.stack(tuple(grads), dim=3), atol=0.0, rtol=0.0)
-        assert (got.data_ptr() == whole.data_ptr()) == (grads is parts)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def maps(case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor
     return list(qkv.unbind(3))
 
 
+def given(packed: bool, case: Case, dtype: torch.dtype, grad: bool = True) -> list[torch.Tensor]:
+    """Query, key and value as operators take them: three maps, or one."""
+    if packed:
+        return [random(*case.shape[:3], 3, *case.shape[3:], dtype=dtype, grad=grad)]
+    return maps(case, dtype, grad)
+
+
 def settings(case: Case, dropout_p: float, *kept_sizes: list[int] | None) -> tuple:
     seed = torch.tensor([7]) if dropout_p else None
     size = list(case.shape[1:3])
@@ -66,6 +74,7 @@ def bias(case: Case, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
 
 CASES = pytest.mark.parametrize("case", [CASE, TWO_COARSE], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["three maps", "one map"])
 DROPOUT = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 
 
@@ -75,31 +84,35 @@ DROPOUT = pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @CASES
 @DTYPES
 @DROPOUT
+@PACKED
 @pytest.mark.parametrize("keep", [False, True])
-def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep):
+def test_eager_attention_is_registered_soundly(case, dtype, dropout_p, keep, packed):
     coarse = [
         [random(case.batch, *cells, case.heads, case.head_dim, dtype=dtype) for _ in range(2)]
         for cells in coarse_cells(case)
     ]
     keys, values = (list(x) for x in zip(*coarse, strict=True))
     weights = pool_weights(case, dtype)
-    arguments = (*maps(case, dtype), bias(case, dtype), keys, values, weights)
+    arguments = (given(packed, case, dtype), bias(case, dtype), keys, values, weights)
     size = case.shape[1:3]
-    sizes = eager._kept_sizes(arguments[0], case.geometry, size, dropout_p) if keep else None
+    query = torch.empty(case.shape)
+    sizes = eager._kept_sizes(query, case.geometry, size, dropout_p) if keep else None
     torch.library.opcheck(
         torch.ops.focal.eager_attention.default, (*arguments, *settings(case, dropout_p, sizes))
     )
 
 
+@PACKED
 @pytest.mark.parametrize("trains", [False, True])
-def test_eager_attention_in_a_graph_is_registered_soundly(trains):
+def test_eager_attention_in_a_graph_is_registered_soundly(trains, packed):
     case, dtype = replace(CASE, ready=()), torch.float64
     keys, values = (
         [random(case.batch, *cells, case.heads, case.head_dim, dtype=dtype, grad=trains)]
         for cells in coarse_cells(case) * 2
     )
     weights = [random(2, 2, dtype=dtype, grad=trains)]
-    arguments = (*maps(case, dtype, trains), bias(case, dtype, trains), keys, values, weights)
+    query_key_value = given(packed, case, dtype, trains)
+    arguments = (query_key_value, bias(case, dtype, trains), keys, values, weights)
     code, scale, size, dropout_p, seed = settings(case, 0.0)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_in_graph.default,
@@ -108,23 +121,26 @@ def test_eager_attention_in_a_graph_is_registered_soundly(trains):
 
 
 @DTYPES
-def test_eager_attention_backward_is_registered_soundly(dtype):
+@PACKED
+def test_eager_attention_backward_is_registered_soundly(dtype, packed):
     case = TWO_COARSE
-    query, key, value = maps(case, dtype, grad=False)
+    query_key_value = given(packed, case, dtype, grad=False)
     coarse = [
         random(2, case.batch, *cells, case.heads, case.head_dim, dtype=dtype, grad=False)
         for cells in coarse_cells(case)
     ]
     grad_out = random(*case.shape, dtype=dtype, grad=False)
     lists = (pool_weights(case, dtype, False), coarse, [])
-    arguments = (grad_out, query, key, value, bias(case, dtype, False), *lists)
+    arguments = (grad_out, query_key_value, bias(case, dtype, False), *lists)
     torch.library.opcheck(
         torch.ops.focal.eager_attention_backward.default, (*arguments, *settings(case, 0.0))
     )
 
 
-def triton_inputs(case: Case, dtype: torch.dtype, grad: bool = True) -> tuple[torch.Tensor, ...]:
-    """Tensors of the Triton operator, from query to ready-made values."""
+def triton_inputs(
+    case: Case, dtype: torch.dtype, grad: bool = True, *, packed: bool = False
+) -> tuple[Any, ...]:
+    """Tensors of the Triton operator, from query, key and value to ready-made values."""
     levels = range(1, len(case.levels))
     here = [level for level in levels if level not in case.ready]
     sides = [case.levels[level][0] for level in here]
@@ -135,7 +151,8 @@ def triton_inputs(case: Case, dtype: torch.dtype, grad: bool = True) -> tuple[to
     offsets = (random(rows, case.head_dim, dtype=dtype, grad=grad) for _ in range(2))
     ready = (random(case.batch, cells, *head, dtype=dtype, grad=grad) for _ in range(2))
     weights = random(sum(side**2 for side in sides), dtype=dtype, grad=grad)
-    return (*maps(case, dtype, grad), bias(case, dtype, grad), weights, *offsets, *ready)
+    query_key_value = given(packed, case, dtype, grad)
+    return (query_key_value, bias(case, dtype, grad), weights, *offsets, *ready)
 
 
 def triton_settings(case: Case, dropout_p: float = 0.0) -> tuple:
@@ -148,8 +165,10 @@ MIXED = replace(TWO_COARSE, ready=(2,))
 
 @needs_interpreter
 @DROPOUT
-def test_triton_attention_is_registered_soundly(dropout_p):
-    arguments = (*triton_inputs(SMALL, torch.float64), *triton_settings(SMALL, dropout_p), True)
+@PACKED
+def test_triton_attention_is_registered_soundly(dropout_p, packed):
+    inputs = triton_inputs(SMALL, torch.float64, packed=packed)
+    arguments = (*inputs, *triton_settings(SMALL, dropout_p), True)
     torch.library.opcheck(torch.ops.focal.attention.default, arguments)
 
 
@@ -183,33 +202,14 @@ def test_triton_attention_that_kept_nothing_has_no_gradient():
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [TWO_COARSE, MIXED], ids=str)
-def test_triton_attention_backward_is_registered_soundly(case, dtype):
-    inputs = triton_inputs(case, dtype, grad=False)
+@PACKED
+def test_triton_attention_backward_is_registered_soundly(case, dtype, packed):
+    inputs = triton_inputs(case, dtype, grad=False, packed=packed)
     kept = torch.ops.focal.attention.default(*inputs, *triton_settings(case), True)
-    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs[:5], *kept)
+    arguments = (random(*case.shape, dtype=dtype, grad=False), *inputs[:3], *kept)
     torch.library.opcheck(
         torch.ops.focal.attention_backward.default, (*arguments, *triton_settings(case))
     )
-
-
-@needs_interpreter
-def test_gradients_of_a_fused_projection_are_not_copied_together():
-    case = replace(CASE, batch=2)
-    geometry = case.geometry
-    projection = random(*case.shape[:3], 3, *case.shape[3:], dtype=torch.float64)
-    table = bias(case, torch.float64)
-    pooling = [Pooling(random(2, 2, dtype=torch.float64))]
-    out = focal_attention(
-        *projection.unbind(3), table, geometry=geometry, pooling=pooling, backend="triton"
-    )
-    views = out.grad_fn.next_functions[0][0]  # of the three maps
-    grads = []
-    views.register_prehook(lambda found: grads.extend(found[:3]))
-    out.sum().backward()
-    starts = [x.storage_offset() for x in grads]
-    assert len({x.untyped_storage().data_ptr() for x in grads}) == 1
-    step = case.heads * case.head_dim
-    assert [start - starts[0] for start in starts] == [0, step, 2 * step]
 
 
 # -- torch.compile --------------------------------------------------------------------------------
