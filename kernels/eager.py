@@ -29,6 +29,7 @@ from kernels.eager_gather import Gathered, Workspace, Workspaces
 from kernels.eager_plan import Band, Plan, make_plan, most_scores
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
+from kernels.frames import with_room_for_frames
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 from kernels.maps import apart, as_given
 
@@ -228,6 +229,7 @@ def _in_given_dtype(function: Callable[_Inputs, _Result]) -> Callable[_Inputs, _
 
 @torch.library.custom_op("focal::eager_attention", mutates_args=())
 @_in_given_dtype
+@with_room_for_frames
 def _attention(
     maps: Sequence[Tensor],
     bias: Tensor,
@@ -364,6 +366,7 @@ def _(maps, bias, coarse_keys, coarse_values, pool_weights, code, *settings):
 
 @torch.library.custom_op("focal::eager_attention_backward", mutates_args=())
 @_in_given_dtype
+@with_room_for_frames
 def _attention_backward(
     grad_out: Tensor,
     maps: Sequence[Tensor],
