@@ -3,14 +3,17 @@
     python -m benchmarks.throughput                                 # batch 8, 224², float32
     python -m benchmarks.throughput --resolutions 224 448 896 --batch 2 --models focal_tiny
     python -m benchmarks.throughput --dtype autocast --compile --json throughput.json
+    python -m benchmarks.throughput --models focal_tiny focal_tiny:default --baseline focal_tiny
     python -m benchmarks.throughput --device cuda --compile reduce-overhead
 
 First every Focal model is checked: its logits and gradients on a small image, in the dtype that is
 timed, against the reference backend in float64. Then models take turns, and the table gives medians
 over the rounds. A forward pass is in evaluation mode without gradients. A training step is the
 forward pass, the loss (cross-entropy) and the backward pass, without an optimiser. Each model is
-made for the resolution where it takes one. Ratios are to ``--baseline``: a speed above 1 is faster,
-a memory above 1 is more. The last column is the time over that at the resolution before.
+made for the resolution where it takes one. ``NAME:MODE`` is a model compiled in a mode of
+`torch.compile`, whatever ``--compile`` says of the others. Ratios are to ``--baseline``: a speed
+above 1 is faster, a memory above 1 is more. The last column is the time over that at the resolution
+before.
 
 Peak memory is what a run allocates beyond the model's start: on a GPU by PyTorch's own count, on a
 CPU as the peak resident size of a fresh process per model (three steps) less its size after the
@@ -25,7 +28,7 @@ import resource
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -100,6 +103,20 @@ class Row:
     memory_mib: float | None
     memory_ratio: float | None
     scaling: float | None  # time over that of the resolution before
+
+
+def contender(name: str, setting: Setting) -> tuple[str, Setting]:
+    """The model of a ``NAME`` or ``NAME:MODE``, and how it is run."""
+    model, _, mode = name.rpartition(":")
+    if mode not in COMPILE_MODES:  # names of models that lie elsewhere have a colon too
+        return name, setting
+    return model, replace(setting, compile_mode=mode)
+
+
+def prepare(name: str, run: str, setting: Setting) -> Callable[[], Any]:
+    """What is timed of a `contender`."""
+    model, setting = contender(name, setting)
+    return RUNS[run](create(model, setting), setting)
 
 
 def create(name: str, setting: Setting, **options: Any) -> nn.Module:
@@ -198,7 +215,7 @@ def measure(
     names: Sequence[str], run: str, setting: Setting, *, seconds: float, min_rounds: int
 ) -> dict[str, tuple[float, int]]:
     """Median milliseconds and rounds of each model, in turns."""
-    functions = {name: RUNS[run](create(name, setting), setting) for name in names}
+    functions = {name: prepare(name, run, setting) for name in names}
     for function in functions.values():
         for _ in range(2):  # compilation, memory
             function()
@@ -210,7 +227,7 @@ def measure(
 def memory(name: str, run: str, setting: Setting) -> float:
     """Peak memory in MiB; see the head of this file."""
     if torch.device(setting.device).type != "cpu":
-        function = RUNS[run](create(name, setting), setting)
+        function = prepare(name, run, setting)
         function()
         return (peak_memory(function, torch.device(setting.device)) or 0) / 2**20
     context = multiprocessing.get_context("spawn")
@@ -221,7 +238,7 @@ def memory(name: str, run: str, setting: Setting) -> float:
 def _resident(name: str, run: str, setting: Setting, threads: int) -> float:
     torch.set_num_threads(threads)
     before = _peak_kib()
-    function = RUNS[run](create(name, setting), setting)
+    function = prepare(name, run, setting)
     for _ in range(3):
         function()
     return (_peak_kib() - before) / 1024
@@ -265,7 +282,7 @@ def compare(
                         setting.batch,
                         setting.resolution,
                         setting.dtype,
-                        setting.compile_mode,
+                        contender(name, setting)[1].compile_mode,
                         time,
                         setting.batch / time * 1e3,
                         base_time[0] / time if base_time else None,
@@ -309,7 +326,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     positive = partial(_positive, int)
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names known to timm")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), help="names known to timm, or NAME:MODE"
+    )
     parser.add_argument("--baseline", default=BASELINE, help="the model that ratios are to")
     parser.add_argument("--runs", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--batch", type=positive, default=8)
@@ -349,9 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Setting(options.batch, size, options.dtype, options.compile, options.device)
         for size in options.resolutions
     ]
-    errors = {
-        name: check(name, settings[0]) for name in options.models if name.startswith("focal_")
-    }
+    plain = dict.fromkeys(contender(name, settings[0])[0] for name in options.models)
+    errors = {name: check(name, settings[0]) for name in plain if name.startswith("focal_")}
     for name, (logits, gradients) in errors.items():
         console.print(f"{name} is correct: error of logits {logits:.1e}, gradients {gradients:.1e}")
     rows = compare(

@@ -79,3 +79,29 @@ def test_sizes_must_be_positive(option, capsys):
     with pytest.raises(SystemExit):
         throughput.parse([option, "0"])
     assert "must be positive" in capsys.readouterr().err
+
+
+def test_a_model_takes_turns_with_itself_compiled(monkeypatch, tmp_path, capsys):
+    modes: list[str] = []
+
+    def compiled(model, *, fullgraph, mode):
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    path = tmp_path / "rows.json"
+    run(
+        capsys, "--models", "resnet18", "resnet18:default", "--baseline", "resnet18",
+        "--resolutions", "32", "--runs", "forward", "--json", str(path),
+    )  # fmt: skip
+    plain, other = json.loads(path.read_text())["rows"]
+    assert modes == ["default"]
+    assert (plain["model"], plain["compile_mode"]) == ("resnet18", None)
+    assert (other["model"], other["compile_mode"]) == ("resnet18:default", "default")
+    assert other["speed_ratio"] > 0
+
+
+def test_a_colon_may_belong_to_the_name():
+    assert throughput.contender("hf-hub:timm/resnet18", TINY) == ("hf-hub:timm/resnet18", TINY)
+    name, setting = throughput.contender("hf-hub:timm/resnet18:max-autotune", TINY)
+    assert (name, setting.compile_mode) == ("hf-hub:timm/resnet18", "max-autotune")
