@@ -65,30 +65,38 @@ class FocalBlock(nn.Module):
 
         In evaluation without a gradient, a CPU takes a few images at a time through the block.
         """
+        height, width = x.shape[1:3]
+        # Sums are of three dimensions: those of four a compiler takes for NCHW, and lays out anew.
+        x = x.flatten(1, 2)
         if not self.training and not torch.is_grad_enabled() and runs_eagerly_on_cpu(x):
-            return self._by_images(x)
-        x = x + self._attend(x)
-        return x + self._transform(x)
+            x = self._by_images(x, (height, width))
+        else:
+            x = x + self._attend(x, (height, width))
+            x = x + self._transform(x)
+        return x.unflatten(1, (height, width))
 
-    def _by_images(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        tokens = height * width
+    def _by_images(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        batch, tokens, dim = x.shape
         images = part_size(batch * tokens, 3 * dim, unit=tokens, size=PART_SIZE) // tokens
         out = torch.empty_like(x)
         for some, result in zip(x.split(images), out.split(images), strict=True):
-            torch.add(some, self._attend(some), out=result)
+            torch.add(some, self._attend(some, size), out=result)
             result += self._transform(result)
         return out
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The first branch: tokens `[batch, height · width, dim]` of a map of that ``size``."""
         if self.pre_norm:
-            return self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        return self.drop_path1(self.ls1(self.norm1(self.attn(x))))
+            x = self.norm1(x)
+        x = self.attn(x.unflatten(1, size)).flatten(1, 2)
+        if not self.pre_norm:
+            x = self.norm1(x)
+        return self.drop_path1(self.ls1(x))
 
     def _transform(self, x: Tensor) -> Tensor:
-        if self.pre_norm:
-            return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self.drop_path2(self.ls2(self.norm2(self.mlp(x))))
+        """The second branch."""
+        x = self.mlp(self.norm2(x)) if self.pre_norm else self.norm2(self.mlp(x))
+        return self.drop_path2(self.ls2(x))
 
 
 class FocalStage(nn.Module):

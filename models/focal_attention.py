@@ -121,7 +121,9 @@ class FocalAttention(nn.Module):
         batch, height, width, _ = x.shape
         rows, cols = self.geometry.padded_size(height, width)
         if (rows, cols) != (height, width):
-            x = F.pad(x, (0, 0, 0, cols - width, 0, rows - height))
+            # In three dimensions, as in `models.blocks`: whole rows of the map, then rows.
+            x = F.pad(x.flatten(2), (0, (cols - width) * self.dim, 0, rows - height))
+            x = x.view(batch, rows, cols, self.dim)
         qkv = self.qkv(x).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
         out = focal_attention_qkvpacked(
             qkv,

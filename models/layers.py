@@ -36,10 +36,14 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., dim]` to the same shape."""
-        opaque = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if opaque and x.device.type == "cpu" and _is_exact(x):
-            return opaque_layer_norm(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return super().forward(x)
+        rows = x.flatten(0, -2)  # of four dimensions a compiler would take it for NCHW
+        if x.device.type == "cpu" and _is_exact(x):
+            rows = opaque_layer_norm(rows, self.weight, self.bias, self.eps)
+        else:
+            rows = super().forward(rows)
+        return rows.view(x.shape)
 
 
 class ConvEmbed(nn.Module):
@@ -107,7 +111,10 @@ class ConvEmbed(nn.Module):
                 f"the input must be large enough for every stage: a {height} by {width} map does "
                 f"not hold one patch of side {self.proj.stride[0]}"
             )
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        x = self.proj(x)
+        size = x.shape[2:]
+        # In three dimensions: a compiler takes what has four for NCHW, and lays it out anew.
+        return self.norm(x.flatten(2).mT).unflatten(1, size)
 
 
 class Linear(nn.Linear):
