@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from functorch.compile import make_boxed_func
 from timm.models._manipulate import group_parameters
+from torch._dynamo.backends.common import aot_autograd
 
 import models  # noqa: F401  registers the variants
 from models import FocalTransformer
@@ -280,6 +282,31 @@ def test_the_model_compiles_as_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = image(38, 50)
     torch.testing.assert_close(compiled(x), model(x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_a_graph_computes_on_no_map_of_four_dimensions(pre_norm):
+    """Inductor takes those of a model with convolutions for NCHW, and puts rows innermost."""
+    model = small_model(depths=(2, 1), attention_backend="eager", pre_norm=pre_norm)
+    outputs: list[str] = []
+
+    def keep(graph, _):
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dim() == 4:
+                outputs.append(str(node.target))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    x = image(38, 50)  # whole windows in neither stage
+    compiled(x).sum().backward()
+    torch._dynamo.reset()
+    computed = ("add", "mul", "pad", "norm", "gelu", "clone")
+    found = [name for name in outputs if any(word in name for word in computed)]
+    assert any("convolution" in name for name in outputs)
+    # The image becomes NHWC, and backward cuts off what was padded.
+    assert set(found) <= {"aten.clone.default"}
 
 
 def test_saved_state_holds_parameters_alone():
