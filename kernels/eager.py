@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from math import prod
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,6 +25,7 @@ from kernels.coarse import PooledMap, Pooling
 from kernels.dropout import keep_mask, row_index
 from kernels.eager_bias import BandBias, BiasGradient
 from kernels.eager_gather import Gathered, Workspace, Workspaces
+from kernels.eager_kept import Kept, piece_sizes
 from kernels.eager_plan import Band, Plan, make_plan, most_scores
 from kernels.eager_pool import add_pool_gradient, pool
 from kernels.flops import backward_flops, forward_flops
@@ -48,9 +48,6 @@ def _scores_per_cpu_step() -> int:
 
 # Scores of one step, in elements.
 SCORES_PER_STEP = {"cpu": _scores_per_cpu_step(), "other": 2**26}
-# Weights that are kept in one piece of memory: 16 MiB in float32. What is larger than 32 MiB the C
-# library takes from the kernel anew each time, which clears every page of it.
-KEPT_TOGETHER = 2**22
 
 
 def focal_attention(
@@ -255,7 +252,7 @@ def _attention(
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     memory = [query.new_empty(size) for size in kept_sizes or ()]
-    kept = _Kept(memory)
+    kept = Kept(memory)
     out = query.new_empty((1, *query.shape))
     out_windows = Gathered([out], [plan.queries], plan.loaded)
     for loaded in plan.loads(len(query)):
@@ -291,32 +288,7 @@ def _kept_sizes(
         return [batch * heads * most_scores(geometry, height, width)]
     with _disable_current_modes():  # a plan is made of numbers, of which no graph is to be made
         plan = _plan(geometry, query, map_size, dropout_p)
-    sizes: list[int] = []
-    for loaded in plan.loads(batch):
-        for band, images in plan.steps(loaded):
-            size = (images.stop - images.start) * heads * plan.num_scores(band)
-            if sizes and sizes[-1] + size <= KEPT_TOGETHER:
-                sizes[-1] += size
-            else:
-                sizes.append(size)
-    # None rather than an empty list, which the operator's registration takes for one of tensors.
-    return sizes or None
-
-
-class _Kept:
-    """Memory of weights, one step's after another's."""
-
-    def __init__(self, memory: Sequence[Tensor]) -> None:
-        self._memory = iter(memory)
-        self._rest: Tensor | None = None
-
-    def next(self, shape: Sequence[int]) -> Tensor:
-        """The next step's."""
-        size = prod(shape)
-        if self._rest is None or len(self._rest) < size:
-            self._rest = next(self._memory)
-        taken, self._rest = self._rest[:size], self._rest[size:]
-        return taken.view(shape)
+    return piece_sizes(plan, batch, heads)
 
 
 def _dropout(
@@ -386,7 +358,7 @@ def _attention_backward(
     key_values = [_side_by_side(key, value), *coarse]
     inputs = _Reader(plan, query, key_values)
     biases = None if memory else BandBias(plan, bias.to(query.dtype))
-    kept = _Kept(memory)
+    kept = Kept(memory)
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     gradients = Gathered([grad_out[None]], [plan.queries], plan.loaded)
 

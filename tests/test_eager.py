@@ -22,7 +22,7 @@ from cases import (
 )
 from hypothesis import given, settings
 
-from kernels import FocalGeometry, eager
+from kernels import FocalGeometry, eager, eager_kept
 from kernels.eager_gather import Workspaces
 from kernels.eager_plan import make_plan, most_scores
 
@@ -326,7 +326,7 @@ def test_weights_are_kept_in_pieces_of_whole_steps(together, small_steps, monkey
     tensors, gradient = make_tensors(LARGE), random_gradient(LARGE)
     expected = run(LARGE, tensors, "eager", gradient)
     sizes = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
-    monkeypatch.setattr(eager, "KEPT_TOGETHER", together)
+    monkeypatch.setattr(eager_kept, "KEPT_TOGETHER", together)
     pieces = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
     assert len(sizes) == 1 < len(pieces)
     assert sum(sizes) == sum(pieces)
@@ -343,7 +343,7 @@ def test_a_graph_of_known_sizes_keeps_the_pieces_of_plain_execution(small_steps,
         return attention(*arguments)
 
     monkeypatch.setattr(eager, "_attention", spy)
-    monkeypatch.setattr(eager, "KEPT_TOGETHER", 2**17)
+    monkeypatch.setattr(eager_kept, "KEPT_TOGETHER", 2**17)
     tensors = make_tensors(LARGE)
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
