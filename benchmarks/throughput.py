@@ -7,13 +7,13 @@
     python -m benchmarks.throughput --device cuda --compile reduce-overhead
 
 First every Focal model is checked: its logits and gradients on a small image, in the dtype that is
-timed, against the reference backend in float64. Then models take turns, and the table gives medians
-over the rounds. A forward pass is in evaluation mode without gradients. A training step is the
-forward pass, the loss (cross-entropy) and the backward pass, without an optimiser. Each model is
-made for the resolution where it takes one. ``NAME:MODE`` is a model compiled in a mode of
-`torch.compile`, whatever ``--compile`` says of the others. Ratios are to ``--baseline``: a speed
-above 1 is faster, a memory above 1 is more. The last column is the time over that at the resolution
-before.
+timed and not compiled, against the reference backend in float64. Then models take turns, and the
+table gives medians over the rounds. A forward pass is in evaluation mode without gradients. A
+training step is the forward pass, the loss (cross-entropy) and the backward pass, without an
+optimiser. Each model is made for the resolution where it takes one. ``NAME:MODE`` is a model
+compiled in a mode of `torch.compile`, whatever ``--compile`` says of the others. Ratios are to
+``--baseline``: a speed above 1 is faster, a memory above 1 is more. The last column is the time
+over that at the resolution before.
 
 Peak memory is what a run allocates beyond the model's start: on a GPU by PyTorch's own count, on a
 CPU as the peak resident size of a fresh process per model (three steps) less its size after the
@@ -108,7 +108,7 @@ class Row:
 def contender(name: str, setting: Setting) -> tuple[str, Setting]:
     """The model of a ``NAME`` or ``NAME:MODE``, and how it is run."""
     model, _, mode = name.rpartition(":")
-    if mode not in COMPILE_MODES:  # names of models that lie elsewhere have a colon too
+    if not model or mode not in COMPILE_MODES:  # names of models elsewhere have a colon too
         return name, setting
     return model, replace(setting, compile_mode=mode)
 

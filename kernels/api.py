@@ -121,14 +121,11 @@ def focal_attention_qkvpacked(
     Raises:
         TypeError, ValueError, NotImplementedError: As `focal_attention` does.
     """
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
-    if qkv.dim() != 6 or qkv.shape[3] != 3:
+    _check_map("qkv", qkv, "[batch, height, width, 3, heads, head_dim]")
+    if qkv.shape[3] != 3:
         raise ValueError(
-            "qkv must be [batch, height, width, 3, heads, head_dim], query, key and value along "
-            f"the fourth axis, got {list(qkv.shape)}"
+            f"qkv must hold query, key and value along its fourth axis, got {list(qkv.shape)}"
         )
-    _check_maps(*apart([qkv]))
     return _attend(
         (qkv,),
         bias,
@@ -227,21 +224,23 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _check_map(name: str, tensor: Tensor, layout: str) -> None:
+    """A floating-point tensor of a layout, of which the batch alone may be empty."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must be {layout}, got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if min(tensor.shape[1:]) < 1:
+        raise ValueError(
+            f"height, width, heads and head_dim must be positive, got {name} {list(tensor.shape)}"
+        )
+
+
 def _check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 5:
-            raise ValueError(
-                f"{name} must be [batch, height, width, heads, head_dim], got {list(tensor.shape)}"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if min(tensor.shape[1:]) < 1:
-            raise ValueError(
-                f"height, width, heads and head_dim must be positive, "
-                f"got {name} {list(tensor.shape)}"
-            )
+        _check_map(name, tensor, "[batch, height, width, heads, head_dim]")
         if tensor.shape != query.shape:
             raise ValueError(
                 f"{name} must have the shape of query, got {list(tensor.shape)} "

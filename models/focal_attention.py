@@ -121,21 +121,21 @@ class FocalAttention(nn.Module):
         batch, height, width, _ = x.shape
         rows, cols = self.geometry.padded_size(height, width)
         if (rows, cols) != (height, width):
-            # In three dimensions, as in `models.blocks`: whole rows of the map, then rows.
+            # Columns at the end of each row of `width · dim` numbers, and rows.
             x = F.pad(x.flatten(2), (0, (cols - width) * self.dim, 0, rows - height))
-            x = x.view(batch, rows, cols, self.dim)
-        qkv = self.qkv(x).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
+        tokens = x.reshape(batch, rows * cols, self.dim)  # three dimensions: see `models.blocks`
+        qkv = self.qkv(tokens).view(batch, rows, cols, 3, self.num_heads, self.head_dim)
         out = focal_attention_qkvpacked(
             qkv,
             self.bias(),
             geometry=self.geometry,
-            pooling=self._pooling(x),
+            pooling=self._pooling(tokens.view(batch, rows, cols, self.dim)),
             map_size=(height, width),
             dropout_p=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )
-        out = out[:, :height, :width].reshape(batch, height, width, self.dim)
-        return self.proj_drop(self.proj(out))
+        out = out[:, :height, :width].reshape(batch, height * width, self.dim)
+        return self.proj_drop(self.proj(out)).view(batch, height, width, self.dim)
 
     def _pooling(self, x: Tensor) -> list[Pooling | PooledMap]:
         """One entry per coarse level, from the padded features `[batch, rows, cols, dim]`."""

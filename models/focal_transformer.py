@@ -322,9 +322,11 @@ class FocalTransformer(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
+        size = x.shape[1:3]
+        tokens = x.flatten(1, 2)  # three dimensions: see `models.blocks`
         if self.pos_embed is not None:
-            x = x + resize_map(self.pos_embed, x.shape[1], x.shape[2])
-        return self.pos_drop(x)
+            tokens = tokens + resize_map(self.pos_embed, *size).flatten(1, 2)
+        return self.pos_drop(tokens).unflatten(1, size)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`[batch, in_chans, height, width]` to the last map, `[batch, rows, cols, channels]`."""

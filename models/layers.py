@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
         """`[..., dim]` to the same shape."""
         if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
             return super().forward(x)
-        rows = x.flatten(0, -2)  # of four dimensions a compiler would take it for NCHW
+        rows = x.reshape(-1, x.shape[-1])  # of four dimensions a compiler would take it for NCHW
         if x.device.type == "cpu" and _is_exact(x):
             rows = opaque_layer_norm(rows, self.weight, self.bias, self.eps)
         else:
