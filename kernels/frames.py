@@ -2,8 +2,9 @@
 
 CPython 3.11 and later keep frames in pieces of 16 KiB, and a call that finds the last piece full
 maps a new one, which goes back to the system when the call returns. A loop that happens to run at
-that depth then maps and unmaps memory with every call, some 25 µs of the kernel's time. The frame of
-a compiled model's graph alone fills a third or half of a piece, so under a compiler that is likely.
+that depth then maps and unmaps memory with every call, some 25 µs of the kernel's time. The frame
+of a compiled model's graph alone fills a third or half of a piece, so under a compiler that is
+likely.
 """
 
 from __future__ import annotations
