@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from kernels.eager_plan import Band, Plan
+from kernels.eager_plan import Band, Plan, in_runs
 from kernels.eager_shared import with_missing
 
 __all__ = ["BandBias", "BiasGradient"]
@@ -24,8 +25,8 @@ class BandBias:
     def __init__(self, plan: Plan, bias: Tensor) -> None:
         self._keys = plan.keys
         self._queries = bias.shape[1]
-        self._windowed = bias[..., plan.keys.windowed]
-        self._shared = with_missing(bias[..., plan.keys.shared], -torch.inf)
+        self._windowed = in_runs(bias, plan.keys.windowed)
+        self._shared = with_missing(in_runs(bias, plan.keys.shared), -torch.inf)
         # A bias of -inf excludes a pair as well, and may leave a query without any key.
         self._excludes = bool(torch.isneginf(bias).any())
         self._dense: dict[tuple[int, int, int, int], tuple[Tensor, Tensor | None]] = {}
@@ -50,7 +51,7 @@ class BandBias:
     def _make(self, band: Band) -> Tensor:
         """`[windows, heads, queries, columns]`."""
         keys, like = self._keys, self._windowed
-        windowed = len(keys.windowed)
+        windowed = keys.num_windowed
         queries = self._queries if band.pairs is None else band.pairs.pair.shape[1]
         dense = like.new_empty(band.num_windows, len(like), queries, keys.num_columns)
         if band.mask is not None:
@@ -86,7 +87,7 @@ class BiasGradient:
         """Add a step's `[images · windows · heads, queries, columns]`."""
         keys, dtype = self._keys, self._sum.dtype
         grad = grad.unflatten(0, (-1, band.num_windows, len(self._sum)))
-        windowed = len(keys.windowed)
+        windowed = keys.num_windowed
         if windowed:  # of all columns: a sum of whole rows is faster
             parts = gcd(grad.shape[0] * grad.shape[1], self._parts)
             of_parts = grad.flatten(0, 1).unflatten(0, (parts, -1))
@@ -101,10 +102,17 @@ class BiasGradient:
 
     def total(self) -> Tensor:
         """`[heads, window_size², num_keys]`."""
-        windowed = self._keys.windowed
-        self._sum[..., windowed] = self._windowed.sum(dim=0)[..., : len(windowed)]
+        self._add(self._windowed.sum(dim=0), self._keys.windowed)
         for band, grad in self._shared.values():
             assert band.pairs is not None
             collected = band.pairs.collect(grad)
-            self._sum[..., self._keys.shared] += collected.unflatten(1, (self._sum.shape[1], -1))
+            self._add(collected.unflatten(1, (self._sum.shape[1], -1)), self._keys.shared)
         return self._sum
+
+    def _add(self, columns: Tensor, runs: Sequence[slice]) -> None:
+        """Add columns, of which the first are these runs of keys."""
+        start = 0
+        for run in runs:
+            stop = start + run.stop - run.start
+            self._sum[..., run] += columns[..., start:stop]
+            start = stop

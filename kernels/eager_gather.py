@@ -210,15 +210,15 @@ class Gathered:
     def add(self, band: Band, images: slice, packed: Packed) -> None:
         """Add the windows: the transpose of `read`."""
         rows, cols = band.rows, band.cols
-        parts = zip(self._levels, self._windows, packed.squares, packed.apart, strict=True)
-        for (target, patch, _), windows, squares, apart in parts:
+        levels = zip(self._levels, self._windows, packed.squares, strict=True)
+        for level, ((target, patch, _), windows, squares) in enumerate(levels):
             if not patch.overlap:
                 windows.of(images, rows, cols).copy_(squares)
             elif patch.shared:
                 total = squares.sum(dim=(2, 3), keepdim=True, dtype=target.dtype)
                 windows.of(images, rows[:1], cols[:1]).add_(total)
             else:
-                for some_rows, some_cols, part in apart:
+                for some_rows, some_cols, part in packed.apart[level]:
                     windows.of(images, rows[some_rows], cols[some_cols]).add_(part)
 
     def finish_sum(self, images: slice) -> None:

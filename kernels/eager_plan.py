@@ -12,9 +12,9 @@ shared, the map itself is the only "window": its queries are one large product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 
 import torch
@@ -24,7 +24,7 @@ from kernels.eager_shared import SharedPairs, shared_pairs
 from kernels.eager_windows import Patches, key_windows, query_windows, whole_map
 from kernels.geometry import FocalGeometry
 
-__all__ = ["Band", "Plan", "make_plan", "most_scores"]
+__all__ = ["Band", "Plan", "in_runs", "make_plan", "most_scores"]
 
 _TYPICAL_HEAD_DIM = 32
 # A level is shared while that costs at most so many times the keys.
@@ -63,11 +63,11 @@ class Band:
 class KeyLayout:
     """The columns of scores: windowed keys, then shared ones, then padding.
 
-    `windowed` and `shared` are the places of these keys in canonical order, int64.
+    `windowed` and `shared` are the runs that these keys are in canonical order.
     """
 
-    windowed: Tensor
-    shared: Tensor
+    windowed: tuple[slice, ...]
+    shared: tuple[slice, ...]
     num_shared: int  # columns, cells of the maps
 
     @property
@@ -78,7 +78,12 @@ class KeyLayout:
     @property
     def num_keys(self) -> int:
         """Without the padding."""
-        return len(self.windowed) + self.num_shared
+        return self.num_windowed + self.num_shared
+
+    @property
+    def num_windowed(self) -> int:
+        """Those that differ from window to window."""
+        return sum(run.stop - run.start for run in self.windowed)
 
 
 @dataclass(frozen=True)
@@ -136,18 +141,18 @@ def make_plan(
     """
     keys = geometry.key_index(*size, map_size=map_size)
     grids = [geometry.map_cells(level, *size) for level in range(len(geometry.levels))]
-    slots = list(torch.arange(geometry.num_keys).split(geometry.keys_per_level))
+    ends = list(accumulate(geometry.keys_per_level))
+    runs = [slice(stop - n, stop) for stop, n in zip(ends, geometry.keys_per_level, strict=True)]
     shared = [
-        share and _sharing_pays(keys[:, slot], prod(grid))
-        for slot, grid in zip(slots, grids, strict=True)
+        share and _sharing_pays(keys[:, run], prod(grid))
+        for run, grid in zip(runs, grids, strict=True)
     ]
     whole = all(shared) and geometry.padded_size(*size) == tuple(size)
     shared[0] = whole
     order = sorted(range(len(shared)), key=lambda level: shared[level])  # windowed levels first
-    none = slots[0][:0]
     layout = KeyLayout(
-        torch.cat([none, *(slots[level] for level in order if not shared[level])]),
-        torch.cat([none, *(slots[level] for level in order if shared[level])]),
+        _merged([runs[level] for level in order if not shared[level]]),
+        _merged([runs[level] for level in order if shared[level]]),
         sum(prod(grids[level]) for level in order if shared[level]),
     )
     excluded = (keys < 0)[:, None]  # [windows, 1 or queries, keys in canonical order]
@@ -178,21 +183,41 @@ def make_plan(
             pairs = None
             if layout.num_shared:
                 pairs = shared_pairs(
-                    keys[numbers][:, layout.shared],
-                    hidden[:, :, layout.shared],
-                    [(len(slots[level]), prod(grids[level])) for level in order if shared[level]],
+                    in_runs(keys[numbers], layout.shared),
+                    in_runs(hidden, layout.shared),
+                    [
+                        (geometry.keys_per_level[level], prod(grids[level]))
+                        for level in order
+                        if shared[level]
+                    ],
                     geometry.num_queries,
                     tokens=geometry.query_index(*size) if whole else None,
                 ).to(device)
             no_key = bool(hidden.all(dim=-1).any())
-            mask = _mask(hidden[:, None, :, layout.windowed], device, bands)
+            mask = _mask(in_runs(hidden, layout.windowed)[:, None], device, bands)
             bands.append(Band(rows, cols, mask, pairs, no_key))
     images = max(1, fit // prod(count))
     # Unrolled keys are to stay in the cache as well, beside the scores.
     unrolled = levels[0].num_rows * levels[0].num_cols * num_heads * _TYPICAL_HEAD_DIM
     loaded = images * max(1, budget // (unrolled * images))
-    layout = KeyLayout(layout.windowed.to(device), layout.shared.to(device), layout.num_shared)
     return Plan(queries, tuple(levels), tuple(order), layout, tuple(bands), images, loaded)
+
+
+def in_runs(x: Tensor, runs: Sequence[slice]) -> Tensor:
+    """What lies in these runs of the last dimension; a view of a single one."""
+    if len(runs) == 1:
+        return x[..., runs[0]]
+    return torch.cat([x[..., :0], *(x[..., run] for run in runs)], dim=-1)
+
+
+def _merged(runs: Sequence[slice]) -> tuple[slice, ...]:
+    """Runs that follow one another as one."""
+    merged: list[slice] = []
+    for run in runs:
+        if merged and merged[-1].stop == run.start:
+            run = slice(merged.pop().start, run.stop)
+        merged.append(run)
+    return tuple(merged)
 
 
 def most_scores(geometry: FocalGeometry, height: int, width: int) -> int:
