@@ -240,15 +240,16 @@ def _attention(
     kept_sizes: Sequence[int] | None,
     dropout_seed: Tensor | None,
 ) -> list[Tensor]:
-    """The output, what `_sides` made, and memory of these sizes with each step's weights in it.
+    """The output, what `_pooled` made, and memory of these sizes with each step's weights in it.
 
     Weights are those before dropout.
     """
     query, key, value = apart(maps)
     geometry = decode_geometry(geometry_code)
     plan = _plan(geometry, query, map_size, dropout_p)
-    coarse = _sides(key, value, coarse_keys, coarse_values, pool_weights, geometry)
-    inputs = _Reader(plan, query, [_side_by_side(key, value), *coarse])
+    key_value = _side_by_side(key, value)
+    coarse = _pooled(key_value, coarse_keys, coarse_values, pool_weights, geometry)
+    inputs = _Reader(plan, query, [key_value, *coarse])
     biases = BandBias(plan, bias.to(query.dtype))
     dropout = _dropout(dropout_p, dropout_seed, plan, query.shape[3])
     memory = [query.new_empty(size) for size in kept_sizes or ()]
@@ -299,23 +300,30 @@ def _dropout(
     return _Dropout(probability, seed, plan, num_heads)
 
 
-def _sides(
-    key: Tensor,
-    value: Tensor,
+def _pooled(
+    key_value: Tensor,
     coarse_keys: Sequence[Tensor],
     coarse_values: Sequence[Tensor],
     pool_weights: Sequence[Tensor],
     geometry: FocalGeometry,
 ) -> list[Tensor]:
     """Keys and values of each coarse level as one tensor `[2, batch, rows, cols, heads, dim]`."""
+    tokens = _as_heads(key_value)
     levels = []
     for *given, weight in zip(coarse_keys, coarse_values, pool_weights, strict=True):
         coarse = torch.stack(given)
         if len(weight):
-            for side, x in zip(coarse, (key, value), strict=True):
-                side += pool(x, weight, geometry)
+            coarse += pool(tokens, weight, geometry).unflatten(3, (2, -1)).movedim(3, 0)
         levels.append(coarse)
     return levels
+
+
+def _as_heads(sides: Tensor) -> Tensor:
+    """`[batch, rows, cols, 2 · heads, dim]` from `[2, batch, rows, cols, heads, dim]`.
+
+    A view where the sides are parts of one projection, and of any that lie next to each other.
+    """
+    return sides.movedim(0, 3).flatten(3, 4)
 
 
 def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
@@ -324,7 +332,7 @@ def _side_by_side(key: Tensor, value: Tensor) -> Tensor:
     shared = key.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
     if shared and offset > 0 and key.stride() == value.stride():
         return key.as_strided((2, *key.shape), (offset, *key.stride()))
-    return torch.stack((key, value))
+    return torch.stack((key, value), dim=3).movedim(3, 0)
 
 
 @_attention.register_fake
@@ -408,12 +416,12 @@ def _attention_backward(
             grad_bias.add(step.band, d_score)
         query_sums.finish_sum(loaded)
         key_value_sums.finish_sum(loaded)
+    tokens, grad_tokens = _as_heads(key_values[0]), grad_maps[:, :, :, 1:].flatten(3, 4)
     grad_weights = []
     for grads, weight in zip(grad_key_values[1:], pool_weights, strict=True):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         if len(weight):
-            for grad, grad_x, x in zip(grads, sides[1:], (key, value), strict=True):
-                grad_weight += add_pool_gradient(grad_x, grad, x, weight, geometry)
+            grad_weight += add_pool_gradient(grad_tokens, _as_heads(grads), tokens, weight, geometry)
         grad_weights.append(grad_weight.to(weight.dtype))
     grad_coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
     rest = (*grad_coarse, *grad_weights, grad_bias.total().to(bias.dtype))
