@@ -421,7 +421,8 @@ def _attention_backward(
     for grads, weight in zip(grad_key_values[1:], pool_weights, strict=True):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype)
         if len(weight):
-            grad_weight += add_pool_gradient(grad_tokens, _as_heads(grads), tokens, weight, geometry)
+            cells = _as_heads(grads)
+            grad_weight += add_pool_gradient(grad_tokens, cells, tokens, weight, geometry)
         grad_weights.append(grad_weight.to(weight.dtype))
     grad_coarse = [grad.to(query.dtype) for grad in grad_key_values[1:]]
     rest = (*grad_coarse, *grad_weights, grad_bias.total().to(bias.dtype))
