@@ -11,10 +11,10 @@ A training step keeps its attention weights: to compute them again takes longer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from kernels.flops import backward_flops, forward_flops
 from kernels.frames import with_room_for_frames
 from kernels.geometry import FocalGeometry, decode_geometry, encode_geometry
 from kernels.maps import apart, as_given
+from kernels.processor import abilities
 
 __all__ = ["focal_attention"]
 
@@ -40,10 +41,8 @@ _Result = TypeVar("_Result")
 
 
 def _scores_per_cpu_step() -> int:
-    """1.25 times a core's second-level cache in float32; where it is small, calls cost more."""
-    # Older PyTorch, which GPU machines may have, does not tell: the smallest step then.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return 5 * max(capabilities.get("l2_cache_size", 0), 2**20) // 16
+    """1.25 times a core's second-level cache in float32, of 1 MiB at least: calls cost as well."""
+    return 5 * max(abilities().get("l2_cache_size", 0), 2**20) // 16
 
 
 # Scores of one step, in elements.

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.processor import abilities
+
 __all__ = ["linear_gradients", "mlp", "mlp_gradients", "part_size", "product"]
 
 # What one part of a batch should hold in its widest map, in elements: 4 MiB in float32. And rows
-# enough for a matrix product to be efficient.
+# enough for a matrix product to be efficient: each part packs the weights anew.
 PART_SIZE = 2**20
 PART_ROWS = 1024
 
@@ -31,8 +33,8 @@ _ONEDNN_LINEAR = (
 )
 # PyTorch's BLAS, MKL, has code for AVX-512 on Intel's processors alone. There it is faster where no
 # bias is to be added: in gradients of inputs.
-_BLAS_WITHOUT_BIAS = torch.backends.mkl.is_available() and "Intel" in (
-    torch.cpu.get_capabilities().get("cpu_name", "")
+_BLAS_WITHOUT_BIAS = (
+    torch.backends.mkl.is_available() and "Intel" in abilities().get("cpu_name", "")
 )
 
 

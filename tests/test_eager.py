@@ -155,6 +155,7 @@ SHARED = [
     Case("masked", 4, ((1, 6), (4, 3)), 8, 8, batch=2, boundary="mask", shift=1),
     Case("partly real", 4, ((1, 6), (4, 3)), 8, 8, batch=2, boundary="mask", map_size=(8, 5)),
     Case("stored smaller", 4, ((1, 6), (4, 3)), 7, 6, batch=2),
+    Case("middle level", 4, ((1, 4), (2, 4), (4, 1)), 8, 8, heads=2, head_dim=4, batch=2),
 ]
 
 
@@ -183,6 +184,15 @@ def test_maps_much_larger_than_a_region_are_not_shared():
     plan = plan_of(FocalGeometry(7, STAGES[1]), 56)
     assert plan.keys.num_shared == 0
     assert plan.keys.num_windowed == 169 + 25
+
+
+def test_levels_that_follow_one_another_are_one_run_of_keys():
+    plan = plan_of(FocalGeometry(4, ((1, 4), (2, 4), (4, 1))), 8)  # the middle one is shared
+    assert plan.keys.windowed == (slice(0, 16), slice(32, 33))
+    assert plan.keys.shared == (slice(16, 32),)
+    plan = plan_of(FocalGeometry(4, ((1, 4), (2, 4), (4, 1))), 16)
+    assert plan.keys.windowed == (slice(0, 33),)
+    assert plan.keys.shared == ()
 
 
 def test_a_map_that_a_window_attends_twice_is_not_shared():
@@ -225,6 +235,16 @@ def test_gradients_of_some_inputs_alone_are_the_same():
         wanted = {**frozen, name: frozen[name].clone().requires_grad_()}
         (grad,) = torch.autograd.grad(attend(LARGE, wanted, "eager"), wanted[name], gradient)
         torch.testing.assert_close(grad, expected[name], atol=1e-10, rtol=1e-10)
+
+
+def test_keys_and_values_of_one_projection_are_pooled_where_they_lie():
+    qkv = torch.randn(2, 4, 6, 3, 2, 5)
+    _, key, value = qkv.unbind(3)
+    tokens = eager._as_heads(eager._side_by_side(key, value))
+    assert tokens.data_ptr() == key.data_ptr()
+    apart = eager._as_heads(eager._side_by_side(key.clone(), value.clone()))
+    torch.testing.assert_close(tokens, apart, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(tokens, torch.cat((key, value), dim=3), rtol=0.0, atol=0.0)
 
 
 def test_one_tensor_as_query_key_and_value():

@@ -10,13 +10,14 @@ from models.layers import LayerNorm, Mlp
 from models.products import part_size
 
 
-@pytest.fixture(params=["oneDNN", "BLAS"])
+@pytest.fixture(params=["oneDNN", "BLAS", "BLAS without bias"])
 def small_parts(request, monkeypatch):
-    """Parts of a few tokens, with either library's products."""
+    """Parts of a few tokens, with either library's products, or both."""
     if request.param == "BLAS":
         monkeypatch.setattr(products, "_ONEDNN_LINEAR", None)
     elif products._ONEDNN_LINEAR is None:
         pytest.skip("this processor takes the BLAS")
+    monkeypatch.setattr(products, "_BLAS_WITHOUT_BIAS", request.param == "BLAS without bias")
     monkeypatch.setattr(products, "PART_ROWS", 4)
     monkeypatch.setitem(products.part_size.__kwdefaults__, "size", 1)
 
@@ -43,6 +44,38 @@ def test_mlp_in_parts_gives_the_same(small_parts, dtype, shape):
         torch.testing.assert_close(a, b, **tolerance)
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_gives_the_same(small_parts, dtype, bias):
+    layer = layers.Linear(6, 10, bias=bias).to(dtype)
+    x = torch.randn(2, 5, 3, 6, dtype=dtype).permute(0, 2, 1, 3).requires_grad_()
+    expected, got = F.linear(x, layer.weight, layer.bias), layer(x)
+    gradient, inputs = torch.randn_like(expected), [x, *layer.parameters()]
+    for a, b in zip(
+        (got, *torch.autograd.grad(got, inputs, gradient)),
+        (expected, *torch.autograd.grad(expected, inputs, gradient)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-10 if dtype == torch.float64 else 1e-5, rtol=0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach())
+
+
+@pytest.mark.parametrize("intels", [True, False])
+def test_products_without_a_bias_are_the_blas_s_on_intel_s_processors(intels, monkeypatch):
+    onednn = []
+
+    def recorded(x, weight, bias, *rest):
+        onednn.append(bias is not None)
+        return F.linear(x, weight, bias)
+
+    monkeypatch.setattr(products, "_ONEDNN_LINEAR", recorded)
+    monkeypatch.setattr(products, "_BLAS_WITHOUT_BIAS", intels)
+    layer = layers.Linear(6, 10)
+    layer(torch.randn(3, 6, requires_grad=True)).sum().backward()
+    assert onednn == ([True] if intels else [True, False])
 
 
 @pytest.mark.parametrize("grad", [True, False])

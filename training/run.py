@@ -15,6 +15,7 @@ from torch import nn
 import models
 from conf.schema import Config, ConfigError, TrainerConfig
 from data import build
+from kernels.processor import abilities
 from training import checkpoint
 from training.checkpoint import BEST, LAST
 from training.console import RunConsole
@@ -146,8 +147,7 @@ def resolve_precision(settings: TrainerConfig) -> str:
     if settings.accelerator != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        abilities = torch.cpu.get_capabilities()
-        fast = any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        fast = any(abilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return "bf16-mixed" if fast else "32-true"
 
 
