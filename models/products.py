@@ -33,8 +33,8 @@ _ONEDNN_LINEAR = (
 )
 # PyTorch's BLAS, MKL, has code for AVX-512 on Intel's processors alone. There it is faster where no
 # bias is to be added: in gradients of inputs.
-_BLAS_WITHOUT_BIAS = (
-    torch.backends.mkl.is_available() and "Intel" in abilities().get("cpu_name", "")
+_BLAS_WITHOUT_BIAS = torch.backends.mkl.is_available() and "Intel" in abilities().get(
+    "cpu_name", ""
 )
 
 
