@@ -1,7 +1,7 @@
 """Operators that a compiler takes as they are on a CPU, with gradients.
 
 Inductor takes oneDNN for constant weights alone, writes whole hidden maps, and its code for a
-LayerNorm is slower than PyTorch's own (docs/decisions.md has the times).
+LayerNorm and for sums over tokens is slower than PyTorch's own (docs/decisions.md has the times).
 """
 
 from __future__ import annotations
@@ -33,9 +33,25 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
+@torch.library.custom_op("focal::cpu_linear_backward", mutates_args=())
+def _linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Those that are wanted of `linear_gradients`."""
+    return [x for x in linear_gradients(grad, x, weight, wanted) if x is not None]
+
+
+@_linear_gradients.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return [grad.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    return linear_gradients(grad, x, weight, ctx.needs_input_grad, opaque_linear)
+    wanted = list(ctx.needs_input_grad)
+    found = iter(_linear_gradients(grad, x, weight, wanted))
+    return tuple(next(found) if want else None for want in wanted)
 
 
 opaque_linear.register_autograd(_linear_backward, setup_context=_save_linear)

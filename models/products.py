@@ -86,19 +86,12 @@ if _ONEDNN_LINEAR is not None:
 
 
 def linear_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    wanted: Sequence[bool],
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = product,
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Of input, weight and bias of a linear layer, as far as they are ``wanted``.
-
-    ``multiply`` takes what `product` takes.
-    """
+    """Of input, weight and bias of a linear layer, as far as they are ``wanted``."""
     rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
     return (
-        multiply(grad, weight.t(), None) if wanted[0] else None,
+        product(grad, weight.t(), None) if wanted[0] else None,
         rows.t() @ inputs if wanted[1] else None,
         rows.sum(dim=0) if wanted[2] else None,
     )

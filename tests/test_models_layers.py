@@ -1,5 +1,7 @@
 """Layers that a CPU computes in parts: the same numbers, and nothing hidden from their user."""
 
+import itertools
+
 import pytest
 import torch
 from timm import create_model
@@ -129,6 +131,23 @@ def test_a_compiled_linear_layer_gives_the_same(bias, fresh_compiler):
     assert_same_with_gradients(compiled(x), expected, [x, *layer.parameters()], 1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
+def test_a_compiled_linear_layer_gives_the_gradients_that_are_wanted(wanted, fresh_compiler):
+    layer, x = layers.Linear(6, 10), torch.randn(3, 4, 6)
+    inputs = []
+    for tensor, want in zip((x, layer.weight, layer.bias), wanted, strict=True):
+        tensor.requires_grad_(want)
+        inputs += [tensor] if want else []
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same_with_gradients(compiled(x), F.linear(x, layer.weight, layer.bias), inputs, 1e-5)
+
+
+@pytest.mark.parametrize("wanted", [[True, True, True], [False, True, False]], ids=str)
+def test_the_gradients_of_the_linear_operator_are_registered_soundly(wanted):
+    tensors = [torch.randn(*shape) for shape in ((3, 4, 10), (3, 4, 6), (10, 6))]
+    torch.library.opcheck(torch.ops.focal.cpu_linear_backward.default, (*tensors, wanted))
 
 
 @pytest.mark.parametrize("grad", [True, False])
