@@ -38,7 +38,8 @@ def _linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Those that are wanted of `linear_gradients`."""
-    return [x for x in linear_gradients(grad, x, weight, wanted) if x is not None]
+    found = linear_gradients(grad, x, weight, wanted)
+    return [gradient for gradient in found if gradient is not None]
 
 
 @_linear_gradients.register_fake
