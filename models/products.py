@@ -23,19 +23,25 @@ __all__ = ["linear_gradients", "mlp", "mlp_gradients", "part_size", "product"]
 PART_SIZE = 2**20
 PART_ROWS = 1024
 
-# With AVX-512 oneDNN is 10 to 20 % faster in float32, at the shapes of these models, than the BLAS
-# that `torch.nn.functional.linear` takes; without, it is as fast or slower.
+# With AVX-512 oneDNN is as fast in float32, at the shapes of these models, as the BLAS that
+# `torch.nn.functional.linear` takes, or 10 to 20 % faster (AMD); without, it is as fast or slower.
 _ONEDNN_LINEAR = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     else None
 )
-# PyTorch's BLAS, MKL, has code for AVX-512 on Intel's processors alone. There it is faster where no
-# bias is to be added: in gradients of inputs.
-_BLAS_WITHOUT_BIAS = torch.backends.mkl.is_available() and "Intel" in abilities().get(
-    "cpu_name", ""
-)
+
+
+def _blas_is_faster_without_bias() -> bool:
+    """PyTorch's BLAS, MKL, has code for AVX-512 on Intel's processors alone.
+
+    There it is faster where no bias is to be added: in gradients of inputs.
+    """
+    return torch.backends.mkl.is_available() and "Intel" in abilities().get("cpu_name", "")
+
+
+_BLAS_WITHOUT_BIAS = _blas_is_faster_without_bias()
 
 
 def part_size(rows: int, width: int, *, unit: int = 1, size: int = PART_SIZE) -> int:

@@ -65,6 +65,22 @@ def test_a_linear_layer_gives_the_same(small_parts, dtype, bias):
         torch.testing.assert_close(layer(x), expected.detach())
 
 
+@pytest.mark.parametrize(
+    ("told", "mkl", "faster"),
+    [
+        ({"cpu_name": "Intel Xeon"}, True, True),
+        ({"cpu_name": "Intel Xeon"}, False, False),
+        ({"cpu_name": "AMD EPYC"}, True, False),
+        ({}, True, False),
+    ],
+    ids=["Intel", "Intel without MKL", "AMD", "unknown"],
+)
+def test_the_blas_is_known_by_the_processor_s_name(told, mkl, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert products._blas_is_faster_without_bias() == faster
+
+
 @pytest.mark.parametrize("intels", [True, False])
 def test_products_without_a_bias_are_the_blas_s_on_intel_s_processors(intels, monkeypatch):
     onednn = []
