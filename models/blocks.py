@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath, LayerScale
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from models.focal_attention import FocalAttention
 from models.layers import ConvEmbed, LayerNorm, Mlp, runs_eagerly_on_cpu
@@ -23,6 +24,8 @@ __all__ = ["FocalBlock", "FocalStage"]
 # Elements of query, key and value that images taken together may have: 16 MiB in float32. Attention
 # works through them in smaller steps itself, and sets up anew each time it is called.
 PART_SIZE = 2**22
+# Times that a compiler's graph may have the attention of a block, whatever the batch.
+COMPILED_PARTS = 4
 
 
 class FocalBlock(nn.Module):
@@ -63,7 +66,8 @@ class FocalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, height, width, dim]` to the same shape.
 
-        In evaluation without a gradient, a CPU takes a few images at a time through the block.
+        In evaluation without a gradient, a CPU takes a few images at a time through the block, and
+        under a compiler through its attention.
         """
         height, width = x.shape[1:3]
         # Sums are of three dimensions: those of four a compiler takes for NCHW, and lays out anew.
@@ -71,13 +75,13 @@ class FocalBlock(nn.Module):
         if not self.training and not torch.is_grad_enabled() and runs_eagerly_on_cpu(x):
             x = self._by_images(x, (height, width))
         else:
-            x = x + self._attend(x, (height, width))
+            sums = [some + self._attend(some, (height, width)) for some in _compiled_parts(x)]
+            x = torch.cat(sums) if len(sums) > 1 else sums[0]
             x = x + self._transform(x)
         return x.unflatten(1, (height, width))
 
     def _by_images(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        batch, tokens, dim = x.shape
-        images = part_size(batch * tokens, 3 * dim, unit=tokens, size=PART_SIZE) // tokens
+        images = _images_at_a_time(x)
         out = torch.empty_like(x)
         for some, result in zip(x.split(images), out.split(images), strict=True):
             torch.add(some, self._attend(some, size), out=result)
@@ -97,6 +101,30 @@ class FocalBlock(nn.Module):
         """The second branch."""
         x = self.mlp(self.norm2(x)) if self.pre_norm else self.norm2(self.mlp(x))
         return self.drop_path2(self.ls2(x))
+
+
+def _images_at_a_time(x: Tensor) -> int:
+    """Images of `[batch, tokens, dim]` whose query, key and value are to exist together."""
+    batch, tokens, dim = x.shape
+    return part_size(batch * tokens, 3 * dim, unit=tokens, size=PART_SIZE) // tokens
+
+
+def _compiled_parts(x: Tensor) -> Sequence[Tensor]:
+    """Images to attend together: all of them, but where a compiler works for a CPU.
+
+    Query, key and value of a whole batch are the largest map there is, which malloc may take from
+    the kernel anew each time (docs/performance.md). How many parts a graph has must not follow from
+    symbols.
+    """
+    if (
+        x.device.type != "cpu"
+        or not torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or not all(has_static_value(size) for size in x.shape)
+    ):
+        return [x]
+    images = max(_images_at_a_time(x), -(-x.shape[0] // COMPILED_PARTS), 1)
+    return x.split(images)
 
 
 class FocalStage(nn.Module):
