@@ -123,7 +123,7 @@ def _compiled_parts(x: Tensor) -> Sequence[Tensor]:
         or not all(has_static_value(size) for size in x.shape)
     ):
         return [x]
-    images = max(_images_at_a_time(x), -(-x.shape[0] // COMPILED_PARTS), 1)
+    images = max(_images_at_a_time(x), -(-x.shape[0] // COMPILED_PARTS))
     return x.split(images)
 
 
