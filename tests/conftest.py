@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ def _fresh_plans() -> None:
 
         for plan in (forward.forward_plan, backward.backward_plan, pooling.pool_plan):
             plan.cache_clear()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs compiled in one test, under its patches perhaps, serve no other."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

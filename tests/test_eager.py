@@ -355,7 +355,9 @@ def test_weights_are_kept_in_pieces_of_whole_steps(together, small_steps, monkey
 
 
 @pytest.mark.parametrize("small_steps", [400], indirect=True)
-def test_a_graph_of_known_sizes_keeps_the_pieces_of_plain_execution(small_steps, monkeypatch):
+def test_a_graph_of_known_sizes_keeps_the_pieces_of_plain_execution(
+    small_steps, monkeypatch, fresh_compiler
+):
     attention, seen = eager._attention, []
 
     def spy(*arguments):
@@ -365,10 +367,8 @@ def test_a_graph_of_known_sizes_keeps_the_pieces_of_plain_execution(small_steps,
     monkeypatch.setattr(eager, "_attention", spy)
     monkeypatch.setattr(eager_kept, "KEPT_TOGETHER", 2**17)
     tensors = make_tensors(LARGE)
-    torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     compiled(LARGE, tensors, "eager").sum().backward()
-    torch._dynamo.reset()
     expected = eager._kept_sizes(tensors["query"], LARGE.geometry, LARGE.shape[1:3], 0.0)
     assert len(expected) > 1
     assert all(sizes == expected for sizes in seen)

@@ -303,7 +303,7 @@ HARMLESS = {
     ],
     ids=str,
 )
-def test_a_graph_computes_on_no_map_of_four_dimensions(options, autocast):
+def test_a_graph_computes_on_no_map_of_four_dimensions(options, autocast, fresh_compiler):
     """Inductor takes those of a model with convolutions for NCHW, and puts rows innermost."""
     model = small_model(depths=(2, 1), attention_backend="eager", **options).float().train()
     outputs: list[str] = []
@@ -316,12 +316,10 @@ def test_a_graph_computes_on_no_map_of_four_dimensions(options, autocast):
                 outputs.append(str(source.target).split(".")[1])
         return make_boxed_func(graph.forward)
 
-    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = compiled(image().float())  # stage 2's map is not of whole windows
     logits.sum().backward()
-    torch._dynamo.reset()
     assert outputs.count("convolution") > 0
     assert set(outputs) <= HARMLESS
     assert outputs.count("clone") == 1  # of the image

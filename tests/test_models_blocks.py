@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradients import assert_same_with_gradients
 
 from kernels import FocalGeometry, FocalLevel
 from models import blocks, products
@@ -12,12 +13,9 @@ DIM = 8
 
 
 @pytest.fixture(autouse=True)
-def _two_images_at_a_time(monkeypatch):
-    torch._dynamo.reset()
+def _two_images_at_a_time(monkeypatch, fresh_compiler):
     monkeypatch.setattr(products, "PART_ROWS", 1)
     monkeypatch.setattr(blocks, "PART_SIZE", 2 * 3 * DIM * 6 * 7)
-    yield
-    torch._dynamo.reset()
 
 
 def small_block() -> FocalBlock:
@@ -29,12 +27,8 @@ def maps(batch: int) -> torch.Tensor:
     return torch.randn(batch, 6, 7, DIM, dtype=torch.float64, requires_grad=True)
 
 
-def assert_same_with_gradients(got, block, x):
-    expected = block(x)
-    gradient, inputs = torch.randn_like(expected), [x, *block.parameters()]
-    results = ((y, *torch.autograd.grad(y, inputs, gradient)) for y in (got, expected))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-10, rtol=0.0)
+def assert_same_as_plain(got, block, x):
+    assert_same_with_gradients(got, block(x), [x, *block.parameters()])
 
 
 def attended(block: FocalBlock) -> list[int]:
@@ -59,7 +53,7 @@ def test_a_compiled_block_attends_some_images_at_a_time(batch, parts, training):
 
     got = torch.compile(block, fullgraph=True, backend=keep)(x)
     assert seen == parts
-    assert_same_with_gradients(got, block, x)
+    assert_same_as_plain(got, block, x)
     with torch.no_grad():
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), got, atol=1e-10, rtol=0.0)
@@ -70,10 +64,10 @@ def test_a_block_compiled_for_any_batch_attends_all_images_together():
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (5, 3):
         x = maps(batch)
-        assert_same_with_gradients(compiled(x), block, x)
+        assert_same_as_plain(compiled(x), block, x)
     with torch.compiler.set_stance("fail_on_recompile"):
         x = maps(9)
-        assert_same_with_gradients(compiled(x), block, x)
+        assert_same_as_plain(compiled(x), block, x)
 
 
 def test_an_exported_block_attends_all_images_together():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from gradients import assert_same_with_gradients
 from timm import create_model
 from torch.nn import functional as F
 
@@ -122,20 +123,6 @@ def test_parts_are_whole_units_and_nearly_equal(rows, width, unit):
     assert size % unit == 0
     assert size <= max(products.PART_SIZE // width, products.PART_ROWS)
     assert size * count - rows < count * unit
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def assert_same_with_gradients(got, expected, inputs, tolerance=1e-10):
-    gradient = torch.randn_like(expected)
-    grads = (torch.autograd.grad(x, inputs, gradient) for x in (got, expected))
-    for a, b in zip(*((x, *g) for x, g in zip((got, expected), grads, strict=True)), strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=0.0)
 
 
 @pytest.mark.parametrize("bias", [True, False])

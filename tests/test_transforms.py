@@ -27,11 +27,7 @@ BACKENDS = pytest.mark.parametrize(
 CASE = Case("two levels", 2, ((1, 4), (2, 3)), 3, 4, heads=1, head_dim=3, batch=2, shift=1)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 class Attention(nn.Module):
