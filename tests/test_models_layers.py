@@ -13,7 +13,7 @@ from models.layers import LayerNorm, Mlp
 from models.products import part_size
 
 
-@pytest.fixture(params=["oneDNN", "BLAS", "BLAS without bias"])
+@pytest.fixture(params=["oneDNN", "oneDNN for weights too", "BLAS", "BLAS without bias"])
 def small_parts(request, monkeypatch):
     """Parts of a few tokens, with either library's products, or both."""
     if request.param == "BLAS":
@@ -21,6 +21,7 @@ def small_parts(request, monkeypatch):
     elif products._ONEDNN_LINEAR is None:
         pytest.skip("this processor takes the BLAS")
     monkeypatch.setattr(products, "_BLAS_WITHOUT_BIAS", request.param == "BLAS without bias")
+    monkeypatch.setattr(products, "_ONEDNN_WEIGHTS", request.param == "oneDNN for weights too")
     monkeypatch.setattr(products, "PART_ROWS", 4)
     monkeypatch.setitem(products.part_size.__kwdefaults__, "size", 1)
 
@@ -51,9 +52,10 @@ def test_mlp_in_parts_gives_the_same(small_parts, dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_gives_the_same(small_parts, dtype, bias):
+@pytest.mark.parametrize("batch", [2, 0])
+def test_a_linear_layer_gives_the_same(small_parts, dtype, bias, batch):
     layer = layers.Linear(6, 10, bias=bias).to(dtype)
-    x = torch.randn(2, 5, 3, 6, dtype=dtype).permute(0, 2, 1, 3).requires_grad_()
+    x = torch.randn(batch, 5, 3, 6, dtype=dtype).permute(0, 2, 1, 3).requires_grad_()
     expected, got = F.linear(x, layer.weight, layer.bias), layer(x)
     gradient, inputs = torch.randn_like(expected), [x, *layer.parameters()]
     for a, b in zip(
@@ -82,19 +84,48 @@ def test_the_blas_is_known_by_the_processor_s_name(told, mkl, faster, monkeypatc
     assert products._blas_is_faster_without_bias() == faster
 
 
-@pytest.mark.parametrize("intels", [True, False])
-def test_products_without_a_bias_are_the_blas_s_on_intel_s_processors(intels, monkeypatch):
-    onednn = []
+@pytest.mark.parametrize(
+    ("told", "faster"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_vp2intersect": True}, False),
+        ({}, False),
+    ],
+    ids=["Zen 5", "Zen 4", "Intel", "unknown"],
+)
+def test_vectors_computed_whole_are_known_by_an_instruction(told, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told)
+    assert products._onednn_is_faster_for_weights() == faster
+
+
+@pytest.mark.parametrize(
+    ("blas_without_bias", "onednn_weights", "expected"),
+    [
+        (True, False, ["output"]),
+        (False, False, ["output", "input"]),
+        (False, True, ["output", "input", "weight"]),
+    ],
+    ids=["Intel", "Zen 4", "Zen 5"],
+)
+@pytest.mark.parametrize(("width", "out"), [(6, 10), (10, 6)])
+def test_products_are_the_faster_library_s(
+    blas_without_bias, onednn_weights, expected, width, out, monkeypatch
+):
+    of_shape, onednn = {(3, out): "output", (3, width): "input", (6, 10): "weight"}, []
 
     def recorded(x, weight, bias, *rest):
-        onednn.append(bias is not None)
-        return F.linear(x, weight, bias)
+        result = F.linear(x, weight, bias)
+        onednn.append(of_shape[tuple(result.shape)])
+        return result
 
     monkeypatch.setattr(products, "_ONEDNN_LINEAR", recorded)
-    monkeypatch.setattr(products, "_BLAS_WITHOUT_BIAS", intels)
-    layer = layers.Linear(6, 10)
-    layer(torch.randn(3, 6, requires_grad=True)).sum().backward()
-    assert onednn == ([True] if intels else [True, False])
+    monkeypatch.setattr(products, "_BLAS_WITHOUT_BIAS", blas_without_bias)
+    monkeypatch.setattr(products, "_ONEDNN_WEIGHTS", onednn_weights)
+    layer = layers.Linear(width, out)
+    layer(torch.randn(3, width, requires_grad=True)).sum().backward()
+    assert onednn == expected
+    assert layer.weight.grad.is_contiguous()
 
 
 @pytest.mark.parametrize("grad", [True, False])
