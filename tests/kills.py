@@ -1,8 +1,9 @@
 """Kills a small run again and again, and finishes it: `python tests/kills.py FOLDER SEED`.
 
 Each life is a fork of this process, so that a life costs no imports. Every other life kills itself
-in the midst of a save, the rest are ended from outside at a random moment. FOLDER/killed then
-holds the run, FOLDER/whole the same run never stopped, and a JSON report is printed.
+in the midst of a save, the rest are ended from outside at a random moment, a few steps on: the run
+has more steps than they make, on a fast machine too. FOLDER/killed then holds the run, FOLDER/whole
+the same run never stopped, and a JSON report is printed.
 """
 
 import json
@@ -33,7 +34,7 @@ OPTIONS = (
     "optimizer.base_lr=5e-3",
     "optimizer.layer_decay=0.8",
     "schedule.warmup_epochs=1",
-    "trainer.epochs=4",
+    "trainer.epochs=8",
     "trainer.batch_size=4",
     "trainer.accumulate=2",
     "trainer.limit_train_batches=28",
@@ -115,8 +116,9 @@ def die_while_saving(choice: random.Random) -> Arm:
 
 
 def outside(folder: Path, choice: random.Random) -> tuple[int, str]:
-    """A life that is ended at a random moment after its first step; returns how it ended."""
+    """A life that is ended at a random moment after some steps; returns how it ended."""
     kind = choice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    steps = choice.randint(1, 3)
     ready, tell = os.pipe()
 
     def arm() -> None:
@@ -124,8 +126,9 @@ def outside(folder: Path, choice: random.Random) -> tuple[int, str]:
 
     process = live(folder, arm)
     os.close(tell)
-    os.read(ready, 1)  # empty if the life ended before its first step
-    time.sleep(choice.uniform(0, 0.15))
+    for _ in range(steps):
+        os.read(ready, 1)  # empty if the life ended before
+    time.sleep(choice.uniform(0, 0.05))
     os.kill(process, kind)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     os.close(ready)
@@ -151,8 +154,6 @@ def main(folder: Path, seed: int) -> dict[str, Any]:
         if (folder / "killed" / "last.ckpt").exists():
             wandb_ids.add(checkpoint.load(folder / "killed" / "last.ckpt")["wandb_id"])
         ends.append((name, code))
-        if code == 0:
-            break
     last = os.waitstatus_to_exitcode(os.waitpid(live(folder / "killed", lambda: None), 0)[1])
     return {"ends": ends, "last": last, "wandb_ids": sorted(wandb_ids)}
 
