@@ -42,7 +42,7 @@ def _blas_is_faster_without_bias() -> bool:
 
 
 def _onednn_is_faster_for_weights() -> bool:
-    """On AMD's processors that BLAS takes vectors of 256 bits.
+    """On AMD's processors PyTorch's BLAS takes vectors of 256 bits.
 
     Zen 5 computes 512 at once, Zen 4 in two halves, which leaves oneDNN too little ahead for
     products that sum over all tokens. An instruction that Zen 4 lacks tells which it is.
